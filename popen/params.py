@@ -1,0 +1,204 @@
+"""Typed parameters: `params.yaml`, read once by a stage; unknown keys are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Group(BaseModel):
+    """A frozen group of parameters that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NoiseParams(Group):
+    """How the answers and masks of the large training corpus are spoiled (scenes only)."""
+
+    absent_mentioned: Share  # a plausible partner that is absent is named all the same
+    present_dropped: Share  # one small target is left out of the answer
+    mask_coarse: Share  # a mask is dilated, eroded, shifted or cut to a five-point polygon
+
+
+class ScenesParams(Group):
+    seed: int
+    size: Positive  # pixels a side
+    train: Positive  # images of each split
+    preference: Positive
+    val: Positive
+    test: Positive  # images of each of the test splits
+    noise: NoiseParams
+
+
+class DataParams(Group):
+    root: str
+    max_pixels: Positive  # larger images are refused before they are decoded
+    splits: dict[str, list[str]]  # role -> native splits, "muse/train" or a part "muse/train[:80%]"
+
+
+class ContractParams(Group):
+    tolerated: Share  # share of broken records that go to the quarantine instead of stopping
+    min_area: Positive  # pixels of the smallest target allowed
+    max_kind_share: Share  # largest share of one kind of question in a split
+
+
+class VisionParams(Group):
+    name: str  # an open_clip model ("ViT-L-14-336"), or "custom": a tower from the numbers below
+    pretrained: str  # open_clip tag ("openai") or a file; empty: `pretrain_vision` trains it
+    image_size: Positive
+    patch_size: Positive
+    width: Positive
+    layers: Positive
+    heads: Positive
+    levels: list[int]  # blocks whose features the decoder sees, coarse to fine (negative: from the end)
+    shuffle: Positive  # image tokens given to the LM: shuffle x shuffle patches become one
+
+
+class LanguageParams(Group):
+    name: str  # a causal LM by hub name or folder, or "custom": a Llama from the numbers below
+    vocab: Positive
+    width: Positive
+    layers: Positive
+    heads: Positive
+    intermediate: Positive
+    max_length: Positive  # tokens of image, question and answer together
+    lora_r: int = Field(ge=0)  # 0: the language model trains in full
+    lora_alpha: Positive
+    lora_targets: list[str]
+
+
+class DecoderParams(Group):
+    width: Positive  # C
+    heads: Positive
+    layers: Positive  # two-way blocks a scale
+    tokens: Positive  # K, codebook tokens a scale; the number of scales S is len(vision.levels)
+    detail: int = Field(ge=0)  # channels of the stride-2 RGB branch; 0: none
+
+
+class ModelParams(Group):
+    vision: VisionParams
+    language: LanguageParams
+    decoder: DecoderParams
+
+
+class TrainParams(Group):
+    """What every training stage shares."""
+
+    steps: Positive
+    images: Positive  # images a step and device
+    questions: Positive  # questions an image
+    accumulate: Positive
+    lr: float = Field(gt=0)
+    warmup: Share
+    weight_decay: float = Field(ge=0)
+    clip: float = Field(gt=0)
+    checkpoint_every: Positive
+    eval_every: Positive
+
+
+class SftWeights(Group):
+    """Weights of the SFT loss (PixelLM's for ce, bce and dice)."""
+
+    ce: float
+    bce: float
+    dice: float
+    refine: float  # extra weight of pixels that two targets claim
+    dense: float  # per-pixel class, auxiliary
+
+
+class SftParams(Group):
+    train: TrainParams
+    loss: SftWeights
+    train_vision: bool
+
+
+class TextPreferenceParams(Group):
+    samples: Positive  # answers sampled a question
+    temperature: float = Field(gt=0)
+
+
+class MaskPreferenceParams(Group):
+    perturbed: Positive  # K images a question
+    rectangles: Positive
+    sigma: float = Field(gt=0)  # of the pixel range
+    side: tuple[float, float]  # of the image's side
+    margin: Share  # smallest IoU between the ranks of a pair
+    area_ratio: float = Field(ge=1)  # largest ratio of areas inside a pair
+
+
+class AlignParams(Group):
+    """L_pre = L_t + L_s + anchor x SFT loss (the curriculum runs it twice)."""
+
+    train: TrainParams
+    text: float  # weight of L_t; 0 leaves it out
+    beta_t: float
+    gamma: float  # weight of the changed tokens
+    mask: float  # weight of L_s
+    mask_form: Literal["embedding", "mask"]
+    beta_s: float
+    anchor: float
+    anchor_data: Literal["chosen", "sft"]
+
+
+class CalibrateParams(Group):
+    thresholds: list[float]  # logits tried on validation
+    questions: Positive  # at most, from the validation split
+
+
+class EnsembleParams(Group):
+    members: Positive  # M
+    mode: Literal["attention", "mean", "best", "probability"]
+    score: Literal["calibrated", "reward"]
+    temperature: float
+    sigma: float
+    side: tuple[float, float]
+    steps: Positive  # training of the attention
+
+
+class EvaluateParams(Group):
+    batch: Positive
+    max_new_tokens: Positive
+    bootstrap: Positive  # resamples
+
+
+class Params(Group):
+    seed: int
+    data: DataParams
+    scenes: ScenesParams
+    contract: ContractParams
+    benchmarks: list[str]
+    systems: list[str]
+    model: ModelParams
+    pretrain_vision: TrainParams
+    sft: SftParams
+    text_preferences: TextPreferenceParams
+    mask_preferences: MaskPreferenceParams
+    align: AlignParams
+    calibrate: CalibrateParams
+    ensemble: EnsembleParams
+    evaluate: EvaluateParams
+
+
+class ParamsError(ValueError):
+    """`params.yaml` cannot be used; the message names the key and what is wrong with it."""
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Read and check a parameter file. Raises ParamsError, which names each bad key."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(f"{path}: no such file; run inside a clone of the project") from None
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path} is not valid YAML: {error}") from None
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ParamsError(f"{path} does not fit:\n" + "\n".join(lines)) from None
