@@ -1,0 +1,69 @@
+"""Opening image files that nobody vouches for."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+
+
+class ImageError(ValueError):
+    """An image file cannot be used; the message names it, what is wrong and the remedy."""
+
+
+def locate(root: Path, relative: str) -> Path:
+    """The file `relative` below `root`. Raises ImageError when it lies outside, also through a link."""
+    base = root.resolve()
+    path = (base / relative).resolve()
+    if not path.is_relative_to(base):
+        raise ImageError(f"{relative}: lies outside of the data root {root}; copy or hard-link it into it")
+    if not path.is_file():
+        raise ImageError(f"{relative}: no such file below {root}; fetch the images or correct the path")
+    return path
+
+
+@contextmanager
+def _header(root: Path, relative: str) -> Iterator[Image.Image]:
+    """Pillow's lazy image: the header is read, no pixel is decoded."""
+    path = locate(root, relative)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{relative}: far too large to decode ({error}); scale it down") from None
+    except (OSError, SyntaxError, EOFError, struct.error) as error:
+        # Pillow's plugins raise all of these on damaged files.
+        raise ImageError(f"{relative}: not a readable image ({error}); fetch or convert it again") from None
+
+
+def image_size(root: Path, relative: str) -> tuple[int, int]:
+    """(height, width) from the header alone. Raises ImageError."""
+    with _header(root, relative) as image:
+        return image.height, image.width
+
+
+def open_image(root: Path, relative: str, max_pixels: int) -> Image.Image:
+    """RGB image, pixels as stored (no EXIF rotation: masks are drawn on the stored pixels).
+
+    Raises ImageError on a path that leaves `root`, a file that is missing, damaged or truncated, and
+    on more than `max_pixels` pixels, which the header tells before anything is decoded.
+    """
+    with _header(root, relative) as image:
+        if image.width * image.height > max_pixels:
+            raise ImageError(
+                f"{relative}: {image.width} x {image.height} pixels are more than the {max_pixels} allowed; "
+                "scale it down or raise data.max_pixels"
+            )
+        return image.convert("RGB")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

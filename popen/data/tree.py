@@ -1,0 +1,97 @@
+"""One data tree, four native layouts: `read(root, "muse/train")` yields what the split holds."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from popen.data import grandf, muse, reasonseg, refcoco
+from popen.data.records import Broken, TreeError
+from popen.samples import Sample
+
+__all__ = ["Broken", "Spec", "TreeError", "parse", "read", "specs"]
+
+SPLITS: dict[str, tuple[str, ...]] = {
+    "muse": muse.SPLITS,
+    **refcoco.SPLITS,
+    "reasonseg": reasonseg.SPLITS,
+    "grandf": grandf.SPLITS,
+}
+_SPEC = re.compile(r"([a-z+]+)/(\w+)(?:\[(?:(\d{1,3})%)?:(?:(\d{1,3})%)?\])?")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A native split, or the part of it whose images hash to `first` <= percent < `last`."""
+
+    benchmark: str
+    split: str
+    first: int = 0
+    last: int = 100
+
+    @property
+    def base(self) -> str:
+        return f"{self.benchmark}/{self.split}"
+
+    def holds(self, image: str) -> bool:
+        """Whether this part has the image; decided by the path alone, whatever else is in the split."""
+        place = int.from_bytes(hashlib.sha256(image.encode()).digest()[:8]) * 100 >> 64
+        return self.first <= place < self.last
+
+
+def parse(spec: str) -> Spec:
+    """ "muse/train", or a part of it by image: "muse/train[:80%]", "muse/train[80%:]". Raises ValueError."""
+    match = _SPEC.fullmatch(spec)
+    known = ", ".join(f"{name}/{split}" for name, splits in SPLITS.items() for split in splits)
+    if match is None or match[2] not in SPLITS.get(match[1], ()):
+        raise ValueError(f"{spec!r} is no split; known are {known}, each also in part as muse/train[:80%]")
+    first, last = int(match[3] or 0), int(match[4] or 100)
+    if not first < last <= 100:
+        raise ValueError(f"{spec!r}: a part runs from a smaller to a larger percentage, at most 100%")
+    return Spec(match[1], match[2], first, last)
+
+
+def specs(root: Path) -> list[str]:
+    """The native splits this tree has files of."""
+    return [
+        f"{name}/{split}"
+        for name, splits in SPLITS.items()
+        for split in splits
+        if (root / _path(name, split)).exists()
+    ]
+
+
+def _path(benchmark: str, split: str) -> str:
+    if benchmark in refcoco.SPLITS:
+        return refcoco.path(benchmark)
+    return {"muse": muse, "reasonseg": reasonseg, "grandf": grandf}[benchmark].path(split)
+
+
+def read(root: Path, spec: str) -> Iterator[Sample | Broken]:
+    """Samples of a split, in file order; a record that breaks a rule comes as a `Broken` in its place.
+
+    Broken records come with every part of a split, as their image may be unknown.
+    Raises ValueError on a spec that does not exist, FileNotFoundError when the tree has no such
+    split, TreeError when a file as a whole is unusable.
+    """
+    part = parse(spec)
+    if not (root / _path(part.benchmark, part.split)).exists():
+        found = ", ".join(specs(root)) or "none"
+        raise FileNotFoundError(
+            f"{spec}: {root} has no {_path(part.benchmark, part.split)}; splits found there: {found}. "
+            "Correct data.root or data.splits"
+        )
+    return (item for item in _read(root, part) if isinstance(item, Broken) or part.holds(item.image))
+
+
+def _read(root: Path, part: Spec) -> Iterator[Sample | Broken]:
+    if part.benchmark == "muse":
+        return muse.read(root, part.split)
+    if part.benchmark == "reasonseg":
+        return reasonseg.read(root, part.split)
+    if part.benchmark == "grandf":
+        return grandf.read(root, part.split)
+    return refcoco.read(root, part.benchmark, part.split)
