@@ -1,0 +1,160 @@
+"""Rows of questions and answers -> padded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from popen.masks import Mask, decode
+from popen.model.codebook import spell
+from popen.model.language import IMAGE, PROMPT
+from popen.samples import Region, Sample
+
+IGNORED = -100  # torch's label for "no loss here"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A question about image number `image` of its batch; `answer` None asks for one to be generated.
+
+    `masks` (one a `{seg}`, any size) supervise the answer's targets; None leaves them unsupervised.
+    """
+
+    image: int
+    question: str
+    answer: str | None = None
+    masks: Sequence[Mask] | None = None
+    ignore: Mask | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    images: Tensor  # (B, 3, H, W) in [0, 1]
+    image_of_row: Tensor  # (R,)
+    input_ids: Tensor  # (R, T), padded on the left, the image token repeated P times
+    attention_mask: Tensor  # (R, T)
+    labels: Tensor  # (R, T), IGNORED outside the answer
+    row_of_target: Tensor  # (N,) supervised targets only
+    positions: Tensor  # (N, S*K) places of their codebook tokens
+    masks: Tensor  # (N, H, W) float 0/1
+    valid: Tensor  # (N, H, W) float, 0 where the sample says "ignore"
+    dense: Tensor | None = None  # (B, H, W) class of every pixel, IGNORED where unknown
+
+    @property
+    def image_of_target(self) -> Tensor:
+        return self.image_of_row[self.row_of_target]
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+
+def image_array(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """RGB image -> (size, size, 3); the aspect is not kept, as in CLIP's "squash" preprocessing."""
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image, dtype=np.uint8)
+
+
+def mask_array(mask: Mask, size: int) -> Mask:
+    """Mask (h, w) -> (size, size): a pixel is set when at least half of its area is."""
+    if mask.shape == (size, size):
+        return mask
+    resized = Image.fromarray(mask.astype(np.uint8) * 255).resize((size, size), Image.Resampling.BOX)
+    return np.asarray(resized) >= 128
+
+
+def dense_labels(objects: Sequence[Region], categories: Sequence[str], size: int) -> NDArray[np.int64]:
+    """Class of every pixel (size, size): 0 background, 1 + index in `categories`; smaller things on top.
+
+    Everything is IGNORED where the data set does not annotate the whole image (no objects).
+    """
+    if not objects:
+        return np.full((size, size), IGNORED, dtype=np.int64)
+    labels = np.zeros((size, size), dtype=np.int64)
+    decoded = [(mask_array(decode(thing.rle), size), thing.category) for thing in objects]
+    for mask, category in sorted(decoded, key=lambda pair: -int(pair[0].sum())):
+        labels[mask] = 1 + categories.index(category) if category in categories else IGNORED
+    return labels
+
+
+class Encoder:
+    """Turns images and rows into a Batch for one model (its tokenizer, codebook and sizes)."""
+
+    def __init__(
+        self, tokenizer: Any, codebook: Sequence[str], image_tokens: int, size: int, categories: Sequence[str]
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.codebook = list(codebook)
+        self.image_tokens = image_tokens
+        self.size = size
+        self.categories = list(categories)
+        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.first_id = tokenizer.convert_tokens_to_ids(self.codebook[0])
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """Ids of the prompt, the image token repeated once a patch."""
+        before, after = PROMPT.format(question=question.replace(IMAGE, "")).split(IMAGE)
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        encode = self.tokenizer.encode
+        head, tail = (encode(text, add_special_tokens=False) for text in (before, after))
+        return bos + head + [self.image_id] * self.image_tokens + tail
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Ids of an answer with `{seg}`, closed by the end token."""
+        spelled = spell(" " + answer, self.codebook)
+        return [*self.tokenizer.encode(spelled, add_special_tokens=False), self.tokenizer.eos_token_id]
+
+    def batch(self, images: Sequence[Image.Image], rows: Sequence[Row], dense: Sequence[Sample] = ()) -> Batch:
+        """Encode. `dense`, one sample an image, asks for per-pixel labels made of its objects."""
+        pixels = np.stack([image_array(image, self.size) for image in images])
+        prompts = [self.prompt_ids(row.question) for row in rows]
+        answers = [[] if row.answer is None else self.answer_ids(row.answer) for row in rows]
+        length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id, dtype=torch.long)
+        attention = torch.zeros((len(rows), length), dtype=torch.long)
+        labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
+        positions: list[list[int]] = []
+        row_of: list[int] = []
+        masks: list[Mask] = []
+        valid: list[Mask] = []
+        for index, (row, prompt, answer) in enumerate(zip(rows, prompts, answers, strict=True)):
+            used = prompt + answer
+            ids[index, length - len(used) :] = torch.tensor(used)
+            attention[index, length - len(used) :] = 1
+            start = length - len(answer)
+            labels[index, start:] = torch.tensor(answer, dtype=torch.long)
+            if row.masks is None:
+                continue
+            firsts = [start + i for i, token in enumerate(answer) if token == self.first_id]
+            if len(firsts) != len(row.masks):
+                raise ValueError(f"{len(row.masks)} masks for an answer with {len(firsts)} targets: {row.answer!r}")
+            keep = np.ones((self.size, self.size), dtype=bool)
+            if row.ignore is not None:
+                keep = ~mask_array(row.ignore, self.size)
+            for first, mask in zip(firsts, row.masks, strict=True):
+                positions.append(list(range(first, first + len(self.codebook))))
+                row_of.append(index)
+                masks.append(mask_array(mask, self.size))
+                valid.append(keep)
+        shape = (0, self.size, self.size)
+        labelled = [dense_labels(sample.objects, self.categories, self.size) for sample in dense]
+        return Batch(
+            images=torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255,
+            image_of_row=torch.tensor([row.image for row in rows]),
+            input_ids=ids,
+            attention_mask=attention,
+            labels=labels,
+            row_of_target=torch.tensor(row_of, dtype=torch.long),
+            positions=torch.tensor(positions, dtype=torch.long).view(-1, len(self.codebook)),
+            masks=torch.from_numpy(np.stack(masks)).float() if masks else torch.zeros(shape),
+            valid=torch.from_numpy(np.stack(valid)).float() if valid else torch.zeros(shape),
+            dense=torch.from_numpy(np.stack(labelled)) if labelled else None,
+        )

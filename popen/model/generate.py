@@ -1,0 +1,133 @@
+"""Free-running answers: words with the KV cache, masks from the very hidden states of that pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from popen.model.batches import Batch, Row
+from popen.model.segmenter import Segmenter
+from popen.samples import SEG
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str  # with `{seg}`
+    token_ids: list[int]  # without the end token
+    logp: float  # mean log-likelihood of the words (forced codebook tokens and padding left out)
+    embeddings: Tensor  # (n, S, C)
+    masks: Tensor  # (n, H, W) logits
+
+
+class WholeTargets(LogitsProcessor):
+    """Codebook tokens come as whole targets, the others following the first in order; image tokens never."""
+
+    def __init__(self, codebook_ids: Sequence[int], image_id: int) -> None:
+        self.ids = list(codebook_ids)
+        self.never = [*self.ids[1:], image_id]
+        self.follower = dict(zip(self.ids, self.ids[1:], strict=False))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, self.never] = -torch.inf
+        if input_ids.shape[1]:
+            for row, last in enumerate(input_ids[:, -1].tolist()):
+                if last in self.follower:
+                    scores[row] = -torch.inf
+                    scores[row, self.follower[last]] = 0.0
+        return scores
+
+
+@torch.no_grad()
+def generate(
+    model: Segmenter,
+    images: Sequence[Image.Image],
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    pixels: Tensor | None = None,
+) -> list[Answer]:
+    """Answer every row. Greedy at temperature 0, else sampled under `seed` (same seed, same answers).
+
+    `pixels` (B, 3, H, W) replaces the images' pixels (perturbed members of an ensemble).
+    """
+    batch = model.encoder.batch(images, [Row(row.image, row.question) for row in rows]).to(model.device)
+    used = batch.images if pixels is None else pixels.to(model.device)
+    features = model.tower(used)
+    codebook = model.tokenizer.convert_tokens_to_ids(model.encoder.codebook)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        output = model.causal.generate(
+            inputs_embeds=model.embed(batch.input_ids, features, batch.image_of_row),
+            attention_mask=batch.attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature if temperature > 0 else None,
+            top_k=None,
+            top_p=None,
+            logits_processor=LogitsProcessorList([WholeTargets(codebook, model.encoder.image_id)]),
+            return_dict_in_generate=True,
+            output_hidden_states=True,
+            output_logits=True,
+        )
+    sequences: Tensor = output.sequences  # (R, t): new tokens only, since embeddings were given
+    # step i + 1 reads token i: its hidden state is the one a teacher-forced pass would give
+    steps = [states[-1][:, -1] for states in output.hidden_states[1:]]
+    hidden = torch.stack(steps, dim=1) if steps else features[0].new_zeros((len(rows), 0, 1))
+    logps = torch.stack(output.logits, dim=1).float().log_softmax(-1)
+    logps = logps.gather(-1, sequences.unsqueeze(-1)).squeeze(-1)
+    return _answers(model, batch, features, used, sequences, hidden, logps, codebook)
+
+
+def _answers(
+    model: Segmenter,
+    batch: Batch,
+    features: list[Tensor],
+    pixels: Tensor,
+    sequences: Tensor,
+    hidden: Tensor,
+    logps: Tensor,
+    codebook: list[int],
+) -> list[Answer]:
+    tokenizer, size = model.tokenizer, len(codebook)
+    texts, ids, means, counts, chosen, image_of = [], [], [], [], [], []
+    for row, sequence in enumerate(sequences.tolist()):
+        end = sequence.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in sequence else len(sequence)
+        firsts = [i for i, token in enumerate(sequence[:end]) if token == codebook[0]]
+        if firsts and firsts[-1] + size > hidden.shape[1]:  # cut off inside its last target
+            end = firsts.pop()
+        words = [i for i in range(min(end + 1, len(sequence))) if sequence[i] not in codebook[1:]]
+        means.append(float(logps[row, words].mean()) if words else 0.0)
+        ids.append(sequence[:end])
+        texts.append(_text(tokenizer, sequence[:end], codebook))
+        counts.append(len(firsts))
+        image_of += [int(batch.image_of_row[row])] * len(firsts)
+        chosen += [hidden[row, first : first + size] for first in firsts]
+    shape = (len(chosen), model.codebook.scales, model.codebook.tokens, -1)
+    if chosen:
+        embeddings = model.codebook(torch.stack(chosen).float().view(shape))
+    else:
+        embeddings = torch.zeros((0, model.codebook.scales, model.params.decoder.width), device=model.device)
+    masks = model.decode(embeddings, features, pixels, torch.tensor(image_of, dtype=torch.long, device=model.device))
+    per_row = zip(texts, ids, means, embeddings.split(counts), masks.split(counts), strict=True)
+    return [Answer(*fields) for fields in per_row]
+
+
+def _text(tokenizer: object, ids: list[int], codebook: list[int]) -> str:
+    """Ids -> text, each whole target as `{seg}`."""
+    decode = tokenizer.decode  # type: ignore[attr-defined]
+    pieces, words = [], list[int]()
+    for token in ids:
+        if token == codebook[0]:
+            pieces.append(decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            words = []
+        elif token not in codebook:
+            words.append(token)
+    pieces.append(decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return SEG.join(pieces).strip()

@@ -1,0 +1,171 @@
+"""The whole model: one forward for training, saved as a folder of safetensors, config and tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from popen.model.batches import Batch, Encoder
+from popen.model.codebook import Codebook, token_names
+from popen.model.decoder import Neck, PixelDecoder
+from popen.model.language import IMAGE, build_language, load_tokenizer
+from popen.model.vision import Tower
+from popen.params import ModelParams
+
+
+class ModelError(ValueError):
+    """A saved model cannot be used; the message says which file and what to do."""
+
+
+@dataclass(frozen=True)
+class Output:
+    logits: Tensor  # (R, T, V)
+    embeddings: Tensor  # (N, S, C)
+    masks: Tensor  # (N, H, W) logits
+    dense: Tensor | None  # (B, 1 + categories, h, w) logits
+
+
+class Projector(nn.Module):
+    """Deepest features (B, width, h, w) -> image tokens (B, P, D), P = h w / shuffle^2: no patch is dropped."""
+
+    def __init__(self, width: int, shuffle: int, hidden: int) -> None:
+        super().__init__()
+        self.shuffle = shuffle
+        self.mlp = nn.Sequential(nn.Linear(width * shuffle**2, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.mlp(F.pixel_unshuffle(features, self.shuffle).flatten(2).transpose(1, 2))
+
+
+class Segmenter(nn.Module):
+    """Answers questions about images in words and masks.
+
+    Args:
+        params: sizes and names of the parts.
+        tokenizer: without our special tokens; they are added here.
+        categories: kinds of the dense auxiliary loss.
+        pretrained: load the weights of a named LM (False: a saved state follows).
+    """
+
+    def __init__(self, params: ModelParams, tokenizer: Any, categories: list[str], pretrained: bool = True) -> None:
+        super().__init__()
+        self.params, self.tokenizer, self.categories = params, tokenizer, categories
+        scales, width = len(params.vision.levels), params.decoder.width
+        names = token_names(scales, params.decoder.tokens)
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE, *names]})
+        self.tower = Tower(params.vision)
+        self.language = build_language(
+            params.language, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, pretrained
+        )
+        hidden = self.language.get_input_embeddings().embedding_dim
+        self.projector = Projector(self.tower.width, params.vision.shuffle, hidden)
+        self.codebook = Codebook(scales, params.decoder.tokens, hidden, width)
+        self.neck = Neck(scales, self.tower.width, width, self.tower.grid)
+        self.decoder = PixelDecoder(params.decoder, scales, params.vision.image_size)
+        self.dense = nn.Sequential(
+            nn.ConvTranspose2d(width, width // 2, 2, stride=2), nn.GELU(), nn.Conv2d(width // 2, 1 + len(categories), 1)
+        )
+        self.encoder = Encoder(
+            tokenizer, names, (self.tower.grid // params.vision.shuffle) ** 2, params.vision.image_size, categories
+        )
+
+    @property
+    def causal(self) -> Any:
+        """The causal LM itself, below a LoRA wrapper where there is one."""
+        return self.language.get_base_model() if self.params.language.lora_r else self.language
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.bias.device
+
+    def embed(self, input_ids: Tensor, features: list[Tensor], image_of_row: Tensor) -> Tensor:
+        """Token ids (R, T) -> embeddings (R, T, D), the image's tokens in their places."""
+        embeds = self.language.get_input_embeddings()(input_ids)
+        image = self.projector(features[0]).to(embeds.dtype)[image_of_row]
+        places = (input_ids == self.encoder.image_id).unsqueeze(-1)
+        return embeds.masked_scatter(places, image)
+
+    def hidden(self, batch: Batch, features: list[Tensor]) -> Tensor:
+        """Last hidden states of the LM (R, T, D)."""
+        places = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+        return self.causal.model(
+            inputs_embeds=self.embed(batch.input_ids, features, batch.image_of_row),
+            attention_mask=batch.attention_mask,
+            position_ids=places,
+            use_cache=False,
+        ).last_hidden_state
+
+    def segmentation_embeddings(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Hidden states (R, T, D) -> embeddings of the batch's targets (N, S, C)."""
+        chosen = hidden[batch.row_of_target[:, None], batch.positions]
+        return self.codebook(chosen.unflatten(1, (self.codebook.scales, self.codebook.tokens)).float())
+
+    def decode(self, embeddings: Tensor, features: list[Tensor], images: Tensor, image_of: Tensor) -> Tensor:
+        """Embeddings (N, S, C) and the images' features -> mask logits (N, H, W)."""
+        if not len(embeddings):
+            return embeddings.sum() + images.new_zeros((0, self.decoder.size, self.decoder.size))
+        return self.decoder(embeddings, self.neck(features), images, image_of)
+
+    def forward(self, batch: Batch, features: list[Tensor] | None = None) -> Output:
+        """`features` may be given where the tower is frozen and they are cached."""
+        if features is None:
+            features = self.tower(batch.images)
+        hidden = self.hidden(batch, features)
+        embeddings = self.segmentation_embeddings(hidden, batch)
+        return Output(
+            logits=self.causal.lm_head(hidden),
+            embeddings=embeddings,
+            masks=self.decode(embeddings, features, batch.images, batch.image_of_target),
+            dense=None if batch.dense is None else self.dense(self.neck(features)[0]),
+        )
+
+    # -- saving: what a named base model provides and nothing trains is not written again
+
+    def _kept(self) -> dict[str, Tensor]:
+        frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        named = (self.params.language.name != "custom", self.params.vision.name != "custom")
+        kept, seen = {}, set[int]()
+        for name, tensor in self.state_dict().items():
+            from_base = (name.startswith("language.") and named[0]) or (name.startswith("tower.") and named[1])
+            if (from_base and name in frozen) or tensor.data_ptr() in seen:
+                continue
+            seen.add(tensor.data_ptr())
+            kept[name] = tensor.detach().contiguous()
+        return kept
+
+    def save(self, folder: Path) -> None:
+        """Write config.json, model.safetensors and the tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model": self.params.model_dump(mode="json"), "categories": self.categories}
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        self.tokenizer.save_pretrained(folder)
+        save_file(self._kept(), folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote. Raises ModelError for a missing, broken or unfitting file."""
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder}: no model here (config.json is missing); run `make repro` or pass --model")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        params = ModelParams.model_validate(config["model"])
+        model = cls(params, load_tokenizer(folder), config["categories"])
+        try:
+            state = load_file(folder / "model.safetensors")
+        except Exception as error:
+            raise ModelError(f"{folder / 'model.safetensors'} cannot be read ({error}); train it again") from error
+        expected = model._kept()
+        if set(state) != set(expected):
+            odd = sorted(set(state) ^ set(expected))[:5]
+            raise ModelError(f"{folder / 'model.safetensors'} does not fit config.json; keys that differ: {odd}")
+        try:
+            model.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise ModelError(f"{folder / 'model.safetensors'} does not fit config.json: {error}") from error
+        return model.eval()

@@ -1,0 +1,132 @@
+"""The one training loop, on `accelerate`: accumulation, clipping, checkpoints, a stop on a non-finite loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from popen.params import TrainParams
+
+Log = Callable[[dict[str, float], int], None]
+Loss = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
+
+
+class DivergedError(RuntimeError):
+    """The loss stopped being a finite number."""
+
+
+class Items(Dataset[Any]):
+    """Item i of the whole run is a function of i alone, so a resumed run sees what an uninterrupted one would."""
+
+    def __init__(self, count: int, start: int, make: Callable[[int], Any]) -> None:
+        self.count, self.start, self.make = count, start, make
+
+    def __len__(self) -> int:
+        return self.count - self.start
+
+    def __getitem__(self, index: int) -> Any:
+        return self.make(self.start + index)
+
+
+def train(
+    model: nn.Module,
+    params: TrainParams,
+    item: Callable[[int], Any],
+    collate: Callable[[Sequence[Any]], Any],
+    loss: Loss,
+    log: Log,
+    checkpoints: Any,
+    name: str,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+) -> None:
+    """Train `model` in place for `params.steps` optimiser steps.
+
+    Args:
+        item: number -> one item (an image with its questions, a pair); a pure function of the number.
+        collate: `params.images` items -> what `loss` takes.
+        loss: batch -> scalar and its parts; it calls the (prepared) model.
+        checkpoints: a `popen.checkpoints.Checkpoints`; training goes on from the last complete one.
+        evaluate: called every `params.eval_every` steps and at the end; what it returns is logged.
+
+    Raises DivergedError before the optimiser step of a loss that is not finite.
+    """
+    from accelerate import Accelerator
+    from transformers import get_cosine_schedule_with_warmup
+
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    accelerator = Accelerator(
+        gradient_accumulation_steps=params.accumulate, mixed_precision="bf16" if bf16 else "no", cpu=not bf16
+    )
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim > 1]
+    others = [p for p in trainable if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": params.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=params.lr,
+        betas=(0.9, 0.95),
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(params.warmup * params.steps), params.steps)
+    accelerator.register_for_checkpointing(schedule)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    found: tuple[int, Path] | None = checkpoints.latest()
+    done = 0
+    if found is not None:
+        done, folder = found
+        accelerator.load_state(str(folder))
+        tqdm.write(f"{name}: goes on from step {done}")
+    a_step = params.images * params.accumulate * accelerator.num_processes
+    loader = DataLoader(
+        Items(params.steps * a_step, done * a_step, item),
+        batch_size=params.images,
+        collate_fn=lambda items: collate(items).to(accelerator.device),
+    )
+    loader = accelerator.prepare(loader)
+    prepared.train()
+    step, sums, count = done, dict[str, float](), 0
+    with tqdm(total=params.steps, initial=done, desc=name, unit="step", mininterval=2.0, dynamic_ncols=True) as bar:
+        for batch in loader:
+            with accelerator.accumulate(prepared):
+                value, parts = loss(batch)
+                if not torch.isfinite(value):
+                    raise DivergedError(
+                        f"{name}: the loss is {value.item()} at step {step}: {_floats(parts)}; lower the learning rate"
+                        " or look at the data of this step"
+                    )
+                accelerator.backward(value)
+                if accelerator.sync_gradients:
+                    parts["grad_norm"] = accelerator.clip_grad_norm_(trainable, params.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+            for key, part in {"loss": value.detach(), **parts}.items():
+                sums[key] = sums.get(key, 0.0) + float(part)
+            count += 1
+            if not accelerator.sync_gradients:
+                continue
+            schedule.step()
+            step += 1
+            bar.update()
+            if step % 10 == 0 or step == params.steps:
+                means = {key: total / count for key, total in sums.items()}
+                bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+                log({**{f"train/{k}": v for k, v in means.items()}, "train/lr": schedule.get_last_lr()[0]}, step)
+                sums, count = {}, 0
+            if evaluate is not None and (step % params.eval_every == 0 or step == params.steps):
+                prepared.eval()
+                figures = evaluate()
+                log(figures, step)
+                tqdm.write(f"{name} step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+                prepared.train()
+            if step % params.checkpoint_every == 0 and step < params.steps:
+                checkpoints.save(step, lambda folder: accelerator.save_state(str(folder), safe_serialization=True))
+    model.eval()
+
+
+def _floats(parts: dict[str, Tensor]) -> dict[str, float]:
+    return {name: round(float(value), 4) for name, value in parts.items()}

@@ -1,0 +1,118 @@
+"""The model as a whole: shapes, padding, saving, and masks from the pass that generates."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from popen.masks import decode
+from popen.model.batches import IGNORED, Row
+from popen.model.generate import generate
+from popen.model.losses import token_logps
+from popen.model.segmenter import ModelError, Segmenter
+from popen.samples import Sample
+
+
+def rows(sample: Sample) -> list[Row]:
+    masks = [decode(target.rle) for target in sample.targets]
+    return [Row(0, sample.question, sample.answer, masks), Row(0, "Where?", "It is the cup {seg}.", masks[:1])]
+
+
+def test_forward_shapes(mini_model: Segmenter, picture: Image.Image, sample: Sample) -> None:
+    batch = mini_model.encoder.batch([picture], rows(sample), [sample])
+    output = mini_model(batch)
+    assert output.embeddings.shape == (3, 2, 16)
+    assert output.masks.shape == (3, 32, 32)
+    assert output.logits.shape[:2] == batch.input_ids.shape
+    assert output.dense.shape[:2] == (1, 3)
+    first = mini_model.encoder.first_id
+    assert (batch.input_ids[batch.row_of_target, batch.positions[:, 0]] == first).all()
+
+
+def test_padding_changes_nothing(mini_model: Segmenter, picture: Image.Image, sample: Sample) -> None:
+    both = mini_model(mini_model.encoder.batch([picture], rows(sample)))
+    alone = mini_model(mini_model.encoder.batch([picture], rows(sample)[1:]))
+    torch.testing.assert_close(both.masks[2:], alone.masks, atol=1e-4, rtol=1e-4)
+
+
+def test_generation_equals_a_teacher_forced_pass(mini_model: Segmenter, picture: Image.Image) -> None:
+    """Masks, embeddings and likelihoods of a generated answer are those of a forward over the same tokens."""
+    prompt_only = mini_model.encoder.batch([picture], [Row(0, "What?")])
+    with torch.no_grad():  # an untrained model names no target: make the first codebook token likely
+        last = mini_model.hidden(prompt_only, mini_model.tower(prompt_only.images))[0, -1]
+        mini_model.causal.lm_head.weight[mini_model.encoder.first_id] = 3 * last / last.norm()
+    question = [Row(0, "What?"), Row(0, "What could I drink from, then?")]
+    found = 0
+    for seed in range(4):
+        for answer, row in zip(
+            generate(mini_model, [picture], question, 24, temperature=1.0, seed=seed), question, strict=True
+        ):
+            n = len(answer.masks)
+            found += n
+            assert answer.text.count("{seg}") == n
+            masks = [torch.zeros(32, 32, dtype=torch.bool).numpy()] * n
+            batch = mini_model.encoder.batch([picture], [Row(0, row.question, "", masks[:0])])
+            prompt = mini_model.encoder.prompt_ids(row.question)
+            ids = torch.tensor([prompt + answer.token_ids])
+            starts = [i for i, t in enumerate(ids[0].tolist()) if t == mini_model.encoder.first_id]
+            batch = dataclasses.replace(
+                batch,
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                row_of_target=torch.zeros(n, dtype=torch.long),
+                positions=torch.tensor([list(range(s, s + 4)) for s in starts], dtype=torch.long).view(-1, 4),
+            )
+            output = mini_model(batch)
+            torch.testing.assert_close(output.embeddings, answer.embeddings, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(output.masks, answer.masks, atol=1e-3, rtol=1e-3)
+    assert found > 3
+
+
+def test_greedy_answers_repeat_and_rows_are_independent(mini_model: Segmenter, picture: Image.Image) -> None:
+    both = generate(mini_model, [picture], [Row(0, "What?"), Row(0, "Where is the cup?")], 12)
+    alone = generate(mini_model, [picture], [Row(0, "What?")], 12)
+    assert both[0].token_ids == alone[0].token_ids
+    assert both[0].logp == pytest.approx(alone[0].logp, abs=1e-4)
+
+
+def test_sampling_obeys_its_seed(mini_model: Segmenter, picture: Image.Image) -> None:
+    def once(seed: int) -> list[int]:
+        return generate(mini_model, [picture], [Row(0, "What?")], 12, 1.0, seed)[0].token_ids
+
+    assert once(1) == once(1) != once(2)
+
+
+def test_token_logps_by_hand() -> None:
+    logits = torch.log(torch.tensor([[[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]]))
+    labels = torch.tensor([[IGNORED, 1, 0]])
+    expected = torch.log(torch.tensor([[1.0, 0.5, 0.25]]))
+    torch.testing.assert_close(token_logps(logits, labels), expected)
+
+
+def test_save_and_load(mini_model: Segmenter, picture: Image.Image, sample: Sample, tmp_path: Path) -> None:
+    mini_model.save(tmp_path)
+    again = Segmenter.load(tmp_path)
+    batch = mini_model.encoder.batch([picture], rows(sample))
+    torch.testing.assert_close(again(batch).masks, mini_model(batch).masks)
+    torch.testing.assert_close(again(batch).logits, mini_model(batch).logits)
+    assert {p.name for p in tmp_path.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_load_names_what_is_wrong(mini_model: Segmenter, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        Segmenter.load(tmp_path)
+    mini_model.save(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    state = load_file(weights)
+    state.pop("decoder.bias")
+    save_file(state, weights)
+    with pytest.raises(ModelError, match=r"decoder\.bias"):
+        Segmenter.load(tmp_path)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot be read"):
+        Segmenter.load(tmp_path)
