@@ -1,0 +1,245 @@
+"""P_t: take an answer apart, correct it by the ground truth, and mark the tokens that changed.
+
+The corrected answer keeps the words the model chose wherever they are right: a pair that also differs in
+style teaches style. The rules are ours and written for English answers; a judge model or a person may take
+their place. They see phrases that carry a mask only: a wrong thing mentioned in passing stays.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from popen.data.nouns import singular
+from popen.samples import SEG, Region, Sample
+
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_STOP = re.compile(r"[.,;:!?()\n]")
+
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_DETERMINERS = _set(
+    "the a an this these those some any another both each every one two three four five six "
+    "its his her their your my our"
+)
+_PREPOSITIONS = _set(
+    "at on in of to from by near under over above below behind beside between with against inside for"
+)
+_CONJUNCTIONS = _set("and or plus then also")
+_CLAUSE = _set(  # words a phrase cannot contain, so that it starts after the last of them
+    "i you we it they he she there is are was were be would could should must "
+    "see use need want have has choose pick show shows"
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer in parts: prefix, phrase, joint, phrase, ..., phrase, suffix. Every {seg} lies in the joint
+    or suffix that follows its phrase, so an answer with phrases has one joint less than phrases. An answer
+    without {seg} is all prefix."""
+
+    prefix: str
+    phrases: tuple[str, ...]
+    joints: tuple[str, ...]
+    suffix: str
+
+    def render(self) -> str:
+        """The text: `parse(text).render() == text` for any text."""
+        joined = "".join(
+            phrase + seam for phrase, seam in zip(self.phrases, (*self.joints, self.suffix), strict=False)
+        )
+        return self.prefix + joined
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A corrected answer; `targets` in the order of its {seg}; `changed` tells whether it differs at all."""
+
+    answer: str
+    targets: tuple[Region, ...]
+    changed: bool
+
+
+def parse(answer: str, names: Sequence[str] = ()) -> Answer:
+    """Take an answer apart without losing a character.
+
+    A phrase is the noun phrase that ends at its {seg}: "the red cup" of "you could use the red cup {seg}".
+
+    Args:
+        answer: any text, with one {seg} behind every phrase.
+        names: names of known things; where one ends at a {seg} it is the phrase even where the grammar below
+            would have cut it short.
+    """
+    *parts, tail = answer.split(SEG)
+    if not parts:
+        return Answer(answer, (), (), "")
+    phrases, seams, seam = [], [], ""
+    for part in parts:
+        start, end = _noun_phrase(part, names)
+        phrases.append(part[start:end])
+        seams.append(seam + part[:start])
+        seam = part[end:] + SEG
+    return Answer(seams[0], tuple(phrases), tuple(seams[1:]), seam + tail)
+
+
+def category(phrase: str, categories: Sequence[str]) -> str | None:
+    """The kind of thing a phrase names, or None for none of `categories` (simple plurals count).
+
+    A category found before the phrase's first preposition counts most, the one that ends last, then the
+    longest: "the orange cup on the table" is a cup, "the wine glass" no glass where there are wine glasses.
+    One behind the preposition counts where there is none before it ("the pair of scissors").
+    """
+    words = _words(phrase)
+    head = next((i for i, word in enumerate(words) if i and word in _PREPOSITIONS), len(words))
+    found = []
+    for name in categories:
+        parts = _words(name)
+        for start in range(len(words) - len(parts) + 1) if parts else ():
+            end = start + len(parts)
+            if words[start : end - 1] == parts[:-1] and singular(words[end - 1]) == singular(parts[-1]):
+                found.append(((start < head, end if start < head else -start, len(parts), len(name)), name))
+    return max(found)[1] if found else None
+
+
+def correct(sampled: str, sample: Sample) -> Correction:
+    """Correct a sampled answer by the ground truth (P_t's rule).
+
+    Phrases are matched to targets by name, then where they can mean no other thing ("a cup" for the only red
+    cup), then by kind; a phrase of the right kind only is replaced by the target's name. Phrases left over
+    name no target (absent, not asked for, or said twice) and are removed; targets left over are inserted at
+    the place of their order in `sample.targets`. Prefix, suffix and the style of the list stay the model's
+    own. Where no phrase could be matched, the answer of the data set takes its place. An answer without
+    phrases is right when there is no target, whatever its words.
+
+    A phrase is matched by the categories of the sample alone, so a synonym ("mug") counts as wrong.
+    """
+    things = (*sample.targets, *sample.objects)
+    answer = parse(sampled, [thing.name for thing in things])
+    if not answer.phrases and not sample.targets:
+        return Correction(sampled, (), changed=False)
+    kept = _match(answer.phrases, sample)
+    if not kept:
+        return Correction(sample.answer, sample.targets, changed=sample.answer != sampled)
+
+    mentions = list(kept)
+    for index, target in enumerate(sample.targets):
+        if all(index != other for other, _ in kept):
+            place = next((i for i, (other, _) in enumerate(mentions) if other > index), len(mentions))
+            mentions.insert(place, (index, target.name))
+    phrases = [phrase for _, phrase in mentions]
+    if _opens(answer):
+        phrases = [_upper(phrases[0]), *(_lower(phrase) for phrase in phrases[1:])]
+    corrected = Answer(answer.prefix, tuple(phrases), _joints(answer, len(phrases)), answer.suffix).render()
+    return Correction(corrected, tuple(sample.targets[index] for index, _ in mentions), corrected != sampled)
+
+
+def changed_spans(chosen: Sequence[int], rejected: Sequence[int]) -> tuple[list[bool], list[bool]]:
+    """Token ids of winner and loser -> which tokens of each are not in the other's (a longest-match diff).
+
+    A removed phrase marks tokens of the loser only, an inserted one tokens of the winner only.
+    """
+    marks = [True] * len(chosen), [True] * len(rejected)
+    for block in SequenceMatcher(None, chosen, rejected, autojunk=False).get_matching_blocks():
+        for mark, start in zip(marks, (block.a, block.b), strict=True):
+            mark[start : start + block.size] = [False] * block.size
+    return marks
+
+
+def _noun_phrase(text: str, names: Sequence[str]) -> tuple[int, int]:
+    """Start and end (characters) of the noun phrase that ends `text`, without punctuation behind it."""
+    matches = list(_WORD.finditer(text))
+    if not matches:
+        return len(text), len(text)
+    words = [match[0].lower() for match in matches]
+    end = matches[-1].end()
+
+    start = 1 if words[0] in _CONJUNCTIONS and len(words) > 1 else 0
+    for i in range(1, len(words)):
+        if words[i - 1] in _CLAUSE or _STOP.search(text, matches[i - 1].end(), matches[i].start()):
+            start = i
+    # a lone "one" ("the left one") is a noun, hence no determiner at the very end
+    determiners = [i for i in range(start, len(words) - 1) if words[i] in _DETERMINERS]
+    for i in reversed(determiners):
+        # further back from "the left" in "the person at the left", from "two" in "the two cups"
+        if i == determiners[-1] or i == start - 1 or words[start - 1] in _PREPOSITIONS:
+            start = i
+        else:
+            break
+
+    places = {match.start(): i for i, match in enumerate(matches)}
+    for name in sorted(names, key=len, reverse=True):
+        place = places.get(end - len(name))
+        if place is not None and text[end - len(name) : end].lower() == name.lower():
+            # a bare kind ("cup") must not cut a phrase that has its determiner ("the red cup") short
+            start = min(place, start) if determiners else place
+            break
+    return matches[start].start(), end
+
+
+def _match(phrases: Sequence[str], sample: Sample) -> list[tuple[int, str]]:
+    """(index of the target, right phrase) of each phrase that names a target, in the phrases' order."""
+    things = (*sample.targets, *sample.objects)
+    categories = sorted({thing.category for thing in things if thing.category})
+    kinds = [category(phrase, categories) for phrase in phrases]
+
+    def same_name(p: int, target: Region) -> bool:
+        return _words(phrases[p]) == _words(target.name)
+
+    def means(p: int, target: Region) -> bool:
+        said = _content(phrases[p])
+        fits = [t for t in things if t.category == target.category and said <= _content(t.name)]
+        return kinds[p] == target.category and target in fits and all(t.rle == target.rle for t in fits)
+
+    def same_kind(p: int, target: Region) -> bool:
+        return kinds[p] == target.category
+
+    found: dict[int, tuple[int, str]] = {}
+    free = list(range(len(sample.targets)))
+    for rule in (same_name, means, same_kind):  # surest first, or a wrong phrase takes another's target
+        for p, phrase in enumerate(phrases):
+            index = next((i for i in free if p not in found and rule(p, sample.targets[i])), None)
+            if index is not None:
+                found[p] = index, sample.targets[index].name if rule is same_kind else phrase
+                free.remove(index)
+    return [found[p] for p in sorted(found)]
+
+
+def _joints(answer: Answer, count: int) -> tuple[str, ...]:
+    """Joints for `count` phrases in the style of the answer's own."""
+    if count == len(answer.phrases):
+        return answer.joints
+    seams = (*answer.joints, answer.suffix)
+    gap = seams[0].partition(SEG)[0] + SEG
+    last = answer.joints[-1] if answer.joints else gap + " and "
+    middle = answer.joints[0] if len(answer.joints) > 1 else gap + ", "
+    if count == 2:
+        last = re.sub(r",(?=\s+(?:and|or)\b)", "", last)  # a list of two has no serial comma
+    return (*[middle] * (count - 2), last)[: count - 1]
+
+
+def _opens(answer: Answer) -> bool:
+    """Whether the first phrase opens the answer with a capital."""
+    return not _WORD.search(answer.prefix) and answer.phrases[0][:1].isupper()
+
+
+def _upper(phrase: str) -> str:
+    return phrase[:1].upper() + phrase[1:]
+
+
+def _lower(phrase: str) -> str:
+    """Undo the capital of a phrase that no longer opens the answer ("The cup"), not that of a proper name."""
+    opens = _words(phrase)[:1]
+    return phrase[:1].lower() + phrase[1:] if opens and opens[0] in _DETERMINERS else phrase
+
+
+def _words(text: str) -> list[str]:
+    return [match[0].lower() for match in _WORD.finditer(text)]
+
+
+def _content(phrase: str) -> set[str]:
+    return set(_words(phrase)) - _DETERMINERS
