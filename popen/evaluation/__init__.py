@@ -1,0 +1,1 @@
+"""Benchmark metrics, their uncertainty and their pictures. Plain functions of samples and predictions."""
