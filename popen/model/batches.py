@@ -48,6 +48,11 @@ class Batch:
     dense: Tensor | None = None  # (B, H, W) class of every pixel, IGNORED where unknown
 
     @property
+    def answered(self) -> Tensor:
+        """(R, T - 1) bool: the places whose next token belongs to an answer."""
+        return self.labels[:, 1:] != IGNORED
+
+    @property
     def image_of_target(self) -> Tensor:
         return self.image_of_row[self.row_of_target]
 

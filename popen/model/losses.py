@@ -11,17 +11,18 @@ from popen.model.segmenter import Output
 from popen.params import SftWeights
 
 
-def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p of each label under the logits one place before it: (R, T, V), (R, T) -> (R, T); 0 where IGNORED."""
-    logps = logits[:, :-1].float().log_softmax(-1)
-    wanted = labels[:, 1:]
-    picked = logps.gather(-1, wanted.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return F.pad(picked * (wanted != IGNORED), (1, 0))
+def token_logps(logits: Tensor, batch: Batch) -> Tensor:
+    """log p of every answer token, (A, V) -> (R, T); 0 outside the answers."""
+    answered = batch.answered
+    labels = batch.labels[:, 1:][answered]
+    picked = logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    placed = torch.zeros(answered.shape, device=picked.device).masked_scatter(answered, picked)
+    return F.pad(placed, (1, 0))
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the answers' tokens."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean over the answers' tokens, (A, V) -> ()."""
+    return F.cross_entropy(logits.float(), batch.labels[:, 1:][batch.answered])
 
 
 def dice(logits: Tensor, masks: Tensor, valid: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def dense_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def sft_loss(output: Output, batch: Batch, weights: SftWeights) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum and its parts."""
-    parts = {"ce": cross_entropy(output.logits, batch.labels), **mask_loss(output.masks, batch, weights)}
+    parts = {"ce": cross_entropy(output.logits, batch), **mask_loss(output.masks, batch, weights)}
     if output.dense is not None and batch.dense is not None and weights.dense:
         parts["dense"] = dense_loss(output.dense, batch.dense)
     total = sum((getattr(weights, name) * value for name, value in parts.items()), torch.zeros(()))

@@ -26,7 +26,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Output:
-    logits: Tensor  # (R, T, V)
+    logits: Tensor  # (A, V): one row a token of the answers, in reading order; the A labels that are not IGNORED
     embeddings: Tensor  # (N, S, C)
     masks: Tensor  # (N, H, W) logits
     dense: Tensor | None  # (B, 1 + categories, h, w) logits
@@ -120,7 +120,7 @@ class Segmenter(nn.Module):
         hidden = self.hidden(batch, features)
         embeddings = self.segmentation_embeddings(hidden, batch)
         return Output(
-            logits=self.causal.lm_head(hidden),
+            logits=self.causal.lm_head(hidden[:, :-1][batch.answered]),
             embeddings=embeddings,
             masks=self.decode(embeddings, features, batch.images, batch.image_of_target),
             dense=None if batch.dense is None else self.dense(self.neck(features)[0]),

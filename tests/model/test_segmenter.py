@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from popen.masks import decode
 from popen.model.batches import IGNORED, Row
 from popen.model.generate import generate
-from popen.model.losses import token_logps
+from popen.model.losses import cross_entropy, token_logps
 from popen.model.segmenter import ModelError, Segmenter
 from popen.samples import Sample
 
@@ -28,7 +28,7 @@ def test_forward_shapes(mini_model: Segmenter, picture: Image.Image, sample: Sam
     output = mini_model(batch)
     assert output.embeddings.shape == (3, 2, 16)
     assert output.masks.shape == (3, 32, 32)
-    assert output.logits.shape[:2] == batch.input_ids.shape
+    assert len(output.logits) == int((batch.labels != IGNORED).sum())
     assert output.dense.shape[:2] == (1, 3)
     first = mini_model.encoder.first_id
     assert (batch.input_ids[batch.row_of_target, batch.positions[:, 0]] == first).all()
@@ -64,6 +64,7 @@ def test_generation_equals_a_teacher_forced_pass(mini_model: Segmenter, picture:
                 batch,
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
+                labels=torch.full_like(ids, IGNORED),
                 row_of_target=torch.zeros(n, dtype=torch.long),
                 positions=torch.tensor([list(range(s, s + 4)) for s in starts], dtype=torch.long).view(-1, 4),
             )
@@ -87,11 +88,17 @@ def test_sampling_obeys_its_seed(mini_model: Segmenter, picture: Image.Image) ->
     assert once(1) == once(1) != once(2)
 
 
-def test_token_logps_by_hand() -> None:
-    logits = torch.log(torch.tensor([[[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]]))
-    labels = torch.tensor([[IGNORED, 1, 0]])
-    expected = torch.log(torch.tensor([[1.0, 0.5, 0.25]]))
-    torch.testing.assert_close(token_logps(logits, labels), expected)
+def test_token_logps_by_hand(mini_model: Segmenter, picture: Image.Image) -> None:
+    batch = mini_model.encoder.batch([picture], [Row(0, "What?"), Row(0, "What?", "")])
+    labels = torch.full_like(batch.labels, IGNORED)
+    labels[:, -2:] = torch.tensor([[IGNORED, 0], [1, 0]])
+    batch = dataclasses.replace(batch, labels=labels)
+    logits = torch.log(torch.tensor([[0.2, 0.8], [0.5, 0.5], [0.25, 0.75]]))
+    expected = torch.log(torch.tensor([[1.0, 0.2], [0.5, 0.25]]))
+    logps = token_logps(logits, batch)
+    torch.testing.assert_close(logps[:, -2:], expected)
+    assert not logps[:, :-2].any()
+    assert float(cross_entropy(logits, batch)) == pytest.approx(-float(expected.sum()) / 3)
 
 
 def test_save_and_load(mini_model: Segmenter, picture: Image.Image, sample: Sample, tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""A model's free-running answers to a set of questions, as predictions at the images' own sizes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from popen.data.images import open_image
+from popen.evaluation.prediction import Prediction
+from popen.masks import encode
+from popen.model.batches import Row
+from popen.model.generate import Answer, generate
+from popen.model.segmenter import Segmenter
+from popen.params import EvaluateParams
+from popen.samples import Sample
+
+
+def resize_logits(logits: Tensor, height: int, width: int) -> Tensor:
+    """Mask logits (N, H, W) -> (N, height, width)."""
+    if logits.shape[-2:] == (height, width) or not len(logits):
+        return logits.new_zeros((0, height, width)) if not len(logits) else logits
+    return F.interpolate(logits[:, None], size=(height, width), mode="bilinear")[:, 0]
+
+
+def confidence(logits: Tensor, threshold: float) -> float:
+    """Mean probability of the pixels that count as the masks (N, H, W), averaged over the masks; 1 for none. Ours."""
+    if not len(logits):
+        return 1.0
+    inside = (logits > threshold).flatten(1).float()
+    probs = logits.sigmoid().flatten(1)
+    return float(((probs * inside).sum(1) / inside.sum(1).clamp(min=1)).mean())
+
+
+def prediction(sample: Sample, answer: Answer, threshold: float, seconds: float) -> Prediction:
+    """An answer -> masks at the image's size (logit > threshold), with its scores."""
+    logits = resize_logits(answer.masks, sample.height, sample.width)
+    masks = tuple(encode(mask) for mask in (logits > threshold).cpu().numpy())
+    return Prediction(
+        sample.uid, answer.text, masks, answer.logp, confidence(answer.masks, threshold), seconds
+    )
+
+
+def batches(samples: Sequence[Sample], size: int) -> Iterator[tuple[Sequence[Sample], list[str], list[Row]]]:
+    """Slices of at most `size` questions, with the images they need and their rows."""
+    for start in range(0, len(samples), size):
+        part = samples[start : start + size]
+        images = sorted({sample.image for sample in part})
+        yield part, images, [Row(images.index(sample.image), sample.question) for sample in part]
+
+
+def answers(
+    model: Segmenter,
+    root: Path,
+    samples: Sequence[Sample],
+    params: EvaluateParams,
+    max_pixels: int,
+    name: str,
+) -> Iterator[tuple[Sample, Answer, float]]:
+    """Greedy answers in the order of `samples`, with the seconds each took (its share of the batch)."""
+    with torch.no_grad(), tqdm(total=len(samples), desc=name, unit="question", mininterval=2.0) as bar:
+        for part, images, rows in batches(samples, params.batch):
+            start = time.perf_counter()
+            opened = [open_image(root, image, max_pixels) for image in images]
+            found = generate(model, opened, rows, params.max_new_tokens)
+            seconds = (time.perf_counter() - start) / len(part)
+            for sample, answer in zip(part, found, strict=True):
+                yield sample, answer, seconds
+            bar.update(len(part))
