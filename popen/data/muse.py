@@ -81,14 +81,13 @@ def _image(record: dict[str, Any]) -> str:
 def _regions(annotations: object, height: int, width: int) -> tuple[Region, ...]:
     if not isinstance(annotations, list):
         raise RecordError(f"annotations are a {type(annotations).__name__}, not a list")
-    return tuple(
-        Region(
-            name=annotation.get("rephrased_name") or f"the {take(annotation, 'category_name', str)}",
-            category=take(annotation, "category_name", str),
-            rle=rle,
-        )
-        for annotation, rle in ((a, annotation_rle(a, height, width)) for a in annotations)
-    )
+    regions = []
+    for annotation in annotations:
+        rle = annotation_rle(annotation, height, width)
+        category = take(annotation, "category_name", str)
+        name = take(annotation, "rephrased_name", str) if annotation.get("rephrased_name") else ""
+        regions.append(Region(name or f"the {category}", category, rle))
+    return tuple(regions)
 
 
 def _text(value: object, what: str) -> str:

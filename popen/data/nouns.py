@@ -10,28 +10,25 @@ AFTER_HEAD = re.compile(
     r"|wearing|holding|sitting|standing|lying|riding|carrying|looking|and)\b"
 )
 COLLECTIVE = re.compile(r"\b(pair|group|bunch|couple|set|pile|row|number|crowd|slice|piece|lot)s? of\b")
-IRREGULAR = dict(
-    pair.split(":")
-    for pair in [
-        "people:person",
-        "men:man",
-        "women:woman",
-        "children:child",
-        "mice:mouse",
-        "geese:goose",
-        "sheep:sheep",
-        "knives:knife",
-        "leaves:leaf",
-        "loaves:loaf",
-        "shelves:shelf",
-        "skis:skis",
-        "scissors:scissors",
-        "glasses:glasses",
-        "buses:bus",
-        "tomatoes:tomato",
-        "potatoes:potato",
-    ]
-)
+IRREGULAR = {
+    "people": "person",
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "mice": "mouse",
+    "geese": "goose",
+    "sheep": "sheep",
+    "knives": "knife",
+    "leaves": "leaf",
+    "loaves": "loaf",
+    "shelves": "shelf",
+    "skis": "skis",
+    "scissors": "scissors",
+    "glasses": "glasses",
+    "buses": "bus",
+    "tomatoes": "tomato",
+    "potatoes": "potato",
+}
 
 
 def singular(word: str) -> str:

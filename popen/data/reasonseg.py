@@ -11,7 +11,7 @@ import numpy as np
 
 from popen import masks
 from popen.data.images import ImageError, image_size
-from popen.data.records import Broken, RecordError, load_json, take, to_rle
+from popen.data.records import Broken, RecordError, TreeError, load_json, take, to_rle
 from popen.samples import SEG, Region, Rle, Sample
 
 SPLITS = ("train", "val", "test")
@@ -107,7 +107,10 @@ def _explanations(root: Path) -> dict[tuple[str, str], str]:
     """(image stem, question) -> explanation."""
     if not (root / EXPLANATORY).exists():
         return {}
-    return {
-        (Path(take(entry, "image", str)).stem, take(entry, "query", str)): take(entry, "outputs", str)
-        for entry in load_json(root, EXPLANATORY, list)
-    }
+    try:
+        return {
+            (Path(take(entry, "image", str)).stem, take(entry, "query", str)): take(entry, "outputs", str)
+            for entry in load_json(root, EXPLANATORY, list)
+        }
+    except RecordError as error:
+        raise TreeError(f"{EXPLANATORY}: an entry: {error}") from None

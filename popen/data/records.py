@@ -48,6 +48,8 @@ def load_json(root: Path, relative: str, kind: type[T]) -> T:
     """Content of a UTF-8 JSON file whose top level is a `kind`. Raises TreeError."""
     try:
         content = json.loads((root / relative).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TreeError(f"there is no {relative} below {root}; fetch the data set whole") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise TreeError(f"{relative} is not valid JSON ({error}); fetch the file again") from None
     if not isinstance(content, kind):

@@ -90,15 +90,23 @@ def read(root: Path, name: str, split: str) -> Iterator[Sample | Broken]:
             yield Broken(file, str(index), str(error))
 
 
+def _by_id(content: dict[str, Any], key: str) -> dict[int, Any]:
+    entries = take(content, key, list)
+    found = {take(entry, "id", int): entry for entry in entries}
+    if len(found) != len(entries):
+        raise RecordError(f"{len(entries) - len(found)} of the '{key}' have an id that another has too")
+    return found
+
+
 class _Instances:
     """Images, annotations and categories of an `instances.json`, joined by id."""
 
     def __init__(self, root: Path, file: str) -> None:
         content = load_json(root, file, dict)
-        self.images = {take(entry, "id", int): entry for entry in take(content, "images", list)}
-        self.annotations = {take(entry, "id", int): entry for entry in take(content, "annotations", list)}
+        self.images = _by_id(content, "images")
+        self.annotations = _by_id(content, "annotations")
         self.categories = {
-            take(c, "id", int): take(c, "name", str) for c in take(content, "categories", list)
+            key: take(entry, "name", str) for key, entry in _by_id(content, "categories").items()
         }
         self.of_image: dict[int, list[int]] = {}
         for key, entry in self.annotations.items():

@@ -12,7 +12,7 @@ from popen.data import grandf, muse, reasonseg, refcoco
 from popen.data.records import Broken, TreeError
 from popen.samples import Sample
 
-__all__ = ["Broken", "Spec", "TreeError", "parse", "read", "specs"]
+__all__ = ["Broken", "Spec", "SplitError", "TreeError", "parse", "read", "specs"]
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "muse": muse.SPLITS,
@@ -21,6 +21,10 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "grandf": grandf.SPLITS,
 }
 _SPEC = re.compile(r"([a-z+]+)/(\w+)(?:\[(?:(\d{1,3})%)?:(?:(\d{1,3})%)?\])?")
+
+
+class SplitError(FileNotFoundError):
+    """A split is not known, or its files are not in the tree; the message says which are."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,14 @@ class Spec:
 
 
 def parse(spec: str) -> Spec:
-    """ "muse/train", or a part of it by image: "muse/train[:80%]", "muse/train[80%:]". Raises ValueError."""
+    """ "muse/train", or a part of it by image: "muse/train[:80%]", "muse/train[80%:]". Raises SplitError."""
     match = _SPEC.fullmatch(spec)
     known = ", ".join(f"{name}/{split}" for name, splits in SPLITS.items() for split in splits)
     if match is None or match[2] not in SPLITS.get(match[1], ()):
-        raise ValueError(f"{spec!r} is no split; known are {known}, each also in part as muse/train[:80%]")
+        raise SplitError(f"{spec!r} is no split; known are {known}, each also in part as muse/train[:80%]")
     first, last = int(match[3] or 0), int(match[4] or 100)
     if not first < last <= 100:
-        raise ValueError(f"{spec!r}: a part runs from a smaller to a larger percentage, at most 100%")
+        raise SplitError(f"{spec!r}: a part runs from a smaller to a larger percentage, at most 100%")
     return Spec(match[1], match[2], first, last)
 
 
@@ -74,13 +78,13 @@ def read(root: Path, spec: str) -> Iterator[Sample | Broken]:
     """Samples of a split, in file order; a record that breaks a rule comes as a `Broken` in its place.
 
     Broken records come with every part of a split, as their image may be unknown.
-    Raises ValueError on a spec that does not exist, FileNotFoundError when the tree has no such
-    split, TreeError when a file as a whole is unusable.
+    Raises SplitError on a spec that does not exist or that the tree has no files of, TreeError
+    when a file as a whole is unusable.
     """
     part = parse(spec)
     if not (root / _path(part.benchmark, part.split)).exists():
         found = ", ".join(specs(root)) or "none"
-        raise FileNotFoundError(
+        raise SplitError(
             f"{spec}: {root} has no {_path(part.benchmark, part.split)}; splits found there: {found}. "
             "Correct data.root or data.splits"
         )

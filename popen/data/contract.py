@@ -1,0 +1,177 @@
+"""The data contract: which records may be trained and measured on, and what stops the pipeline.
+
+Two sorts of rules (ours). A rule about one *record* that fails puts the record into the quarantine;
+it stops the pipeline when more than the tolerated share of records is there. A rule about a *set*
+(an image in two roles, a role without samples, one kind of question everywhere) cannot be mended by
+leaving a record out and always stops it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from popen.data import tree
+from popen.data.contract_suite import Expectation, run
+from popen.data.contract_tables import ImageFact, Tables
+from popen.data.images import ImageError, digest, locate, open_image
+from popen.data.records import Broken
+from popen.params import ContractParams
+from popen.samples import Sample
+
+FITTED = ("train", "preference", "val")  # roles that a model or a threshold is fitted on
+SHOWN = 20  # broken records that an error message lists
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the contract found. `samples` holds the accepted ones of each role, digests set."""
+
+    splits: dict[str, list[str]]
+    samples: dict[str, list[Sample]]
+    broken: list[Broken]
+    expectations: list[Expectation]
+    failures: list[str]  # broken rules about sets
+    records: int  # read in all, each once
+    tolerated: float
+
+    @property
+    def broken_share(self) -> float:
+        """Share of the records that break one rule or more."""
+        return len({(item.file, item.record) for item in self.broken}) / max(1, self.records)
+
+    @property
+    def accepted(self) -> bool:
+        return not self.failures and self.broken_share <= self.tolerated
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a JSON file; of the samples only their number."""
+        return {
+            "accepted": self.accepted,
+            "records": self.records,
+            "broken_share": self.broken_share,
+            "tolerated": self.tolerated,
+            "splits": self.splits,
+            "samples": {role: len(samples) for role, samples in self.samples.items()},
+            "failures": self.failures,
+            "expectations": [asdict(item) for item in self.expectations],
+            "quarantine": [asdict(item) for item in self.broken],
+        }
+
+
+class ContractError(ValueError):
+    """The data must not be used; the message names file, record and rule. `report` has everything."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        lines = list(report.failures)
+        if report.broken_share > report.tolerated:
+            count = len({(item.file, item.record) for item in report.broken})
+            lines.append(
+                f"{count} of {report.records} records are broken ({report.broken_share:.2%}), tolerated are "
+                f"{report.tolerated:.2%}. Correct them, or raise contract.tolerated to leave them out:"
+            )
+            lines += [f"  {item}" for item in report.broken[:SHOWN]]
+            if len(report.broken) > SHOWN:
+                lines.append(f"  and {len(report.broken) - SHOWN} more")
+        super().__init__("the data breaks its contract\n" + "\n".join(lines))
+
+
+def validate(
+    root: Path, splits: Mapping[str, Sequence[str]], max_pixels: int, contract: ContractParams
+) -> Report:
+    """Read the native splits of every role, check them, and return what may be used.
+
+    Raises ContractError (with the report) when the contract is broken, SplitError when a
+    split does not exist, TreeError when a file as a whole is unusable.
+    """
+    roles, unread = _read(root, splits)
+    paths = sorted({sample.image for samples in roles.values() for sample in samples})
+    images = inspect_images(root, paths, max_pixels)
+    tables = Tables(roles, images, unread)
+    expectations = run(tables, contract)
+    broken = list(dict.fromkeys([*unread, *(item for e in expectations for item in tables.broken(e))]))
+    bad = {f"{item.file}#{item.record}" for item in broken}
+    failures = leaks(roles, images, splits) + [text for e in expectations for text in tables.failures(e)]
+    report = Report(
+        splits={role: list(specs) for role, specs in splits.items()},
+        samples={
+            role: [replace(s, digest=images[s.image].digest) for s in samples if s.source not in bad]
+            for role, samples in roles.items()
+        },
+        broken=broken,
+        expectations=expectations,
+        failures=failures,
+        records=len({s.source for samples in roles.values() for s in samples}) + len(unread),
+        tolerated=contract.tolerated,
+    )
+    if not report.accepted:
+        raise ContractError(report)
+    return report
+
+
+def _read(root: Path, splits: Mapping[str, Sequence[str]]) -> tuple[dict[str, list[Sample]], list[Broken]]:
+    """Samples of each role, and the records that no reader could make a sample of, each once."""
+    roles: dict[str, list[Sample]] = {role: [] for role in splits}
+    broken: dict[Broken, None] = {}
+    for role, specs in splits.items():
+        for spec in specs:
+            for item in tqdm(tree.read(root, spec), desc=f"read {role}: {spec}", unit=" samples"):
+                if isinstance(item, Broken):
+                    broken[item] = None
+                else:
+                    roles[role].append(item)
+    return roles, list(broken)
+
+
+def inspect_images(root: Path, paths: Sequence[str], max_pixels: int) -> dict[str, ImageFact]:
+    """Decode every image once, in threads (decoding and hashing release the interpreter lock)."""
+
+    def look(path: str) -> ImageFact:
+        try:
+            image = open_image(root, path, max_pixels)
+            return ImageFact(image.height, image.width, digest(locate(root, path)), None)
+        except ImageError as error:
+            return ImageFact(0, 0, "", str(error))
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        facts = tqdm(pool.map(look, paths), total=len(paths), desc="images", unit=" images")
+        return dict(zip(paths, facts, strict=True))
+
+
+def leaks(
+    roles: Mapping[str, Iterable[Sample]],
+    images: Mapping[str, ImageFact],
+    splits: Mapping[str, Sequence[str]],
+) -> list[str]:
+    """Images that are in two roles and must not be, by content, so that a copy counts as well.
+
+    train, preference and val share with no role. Benchmarks may share with each other (RefCOCO and
+    MUSE draw on the same photographs), and a benchmark made of val's own splits with val.
+    """
+    base = {role: {tree.parse(spec).base for spec in specs} for role, specs in splits.items()}
+    where: dict[str, dict[str, str]] = defaultdict(dict)
+    for role, samples in roles.items():
+        for sample in samples:
+            if images[sample.image].digest:
+                where[images[sample.image].digest][role] = sample.image
+    shared: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for found in where.values():
+        ordered = [role for role in FITTED if role in found] + sorted(found.keys() - set(FITTED))
+        for a, b in combinations(ordered, 2):
+            of_val = a == "val" and base[b] <= base["val"]
+            if a in FITTED and not of_val:
+                shared[a, b].append(found[b])
+    return [
+        f"{len(paths)} images are in both '{a}' and '{b}', among them {', '.join(sorted(paths)[:3])}; "
+        "take other splits or parts of them in data.splits"
+        for (a, b), paths in shared.items()
+    ]

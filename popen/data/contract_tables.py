@@ -1,0 +1,140 @@
+"""The tables that the data contract is checked on, and the way back from a row to its record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from popen import masks
+from popen.data.contract_suite import Expectation
+from popen.data.records import Broken
+from popen.samples import SEG, Sample
+
+NAMES_KINDS = ("muse", "refcoco", "refcoco+", "refcocog")  # layouts whose annotations have a category
+
+
+@dataclass(frozen=True)
+class ImageFact:
+    """What decoding an image told; `error` says why it cannot be used, and then the rest is empty."""
+
+    height: int
+    width: int
+    digest: str
+    error: str | None
+
+
+class Tables:
+    """One table a level: records, images, samples, targets, roles. Rows are numbered from 0.
+
+    records: rule (null: the record could be read)
+    images:  image, error (null: usable)
+    samples: role, uid, question, answer, marks, targets, height, width, image_height, image_width
+    targets: name, category (both null where the layout has none), area, height, width,
+             mask_height, mask_width
+    roles:   role, samples, kind_share (null where there are fewer than three kinds of question)
+    """
+
+    def __init__(
+        self, roles: Mapping[str, Sequence[Sample]], images: Mapping[str, ImageFact], unread: Sequence[Broken]
+    ) -> None:
+        self._samples = [(role, sample) for role, samples in roles.items() for sample in samples]
+        self._targets = [(sample, target) for _, sample in self._samples for target in sample.targets]
+        self._users: dict[str, list[Sample]] = {path: [] for path in images}
+        for _, sample in self._samples:
+            self._users[sample.image].append(sample)
+        self.known = sorted({o.category for _, s in self._samples for o in s.objects if o.category})
+        self.frames = {
+            "records": self._records(unread),
+            "images": self._images(images),
+            "samples": self._sample_table(images),
+            "targets": self._target_table(),
+            "roles": self._role_table(roles),
+        }
+
+    def broken(self, expectation: Expectation) -> list[Broken]:
+        """The records behind the rows that an expectation about images, samples or targets refused."""
+        frame, out = self.frames[expectation.table], []
+        for row in expectation.rows:
+            if expectation.table == "images":
+                rule = str(frame["error"][row])
+                out += [_quarantine(sample, rule) for sample in self._users[frame["image"][row]]]
+            elif expectation.table == "samples":
+                out.append(_quarantine(self._samples[row][1], expectation.name))
+            elif expectation.table == "targets":
+                sample, target = self._targets[row]
+                what = f"{target.name or 'its target'}, {masks.area(target.rle)} pixels"
+                out.append(_quarantine(sample, f"{expectation.name} ({what})"))
+        return out
+
+    def failures(self, expectation: Expectation) -> list[str]:
+        """Messages for the rows of the table of roles that an expectation refused."""
+        if expectation.table != "roles":
+            return []
+        return [
+            f"role '{self.frames['roles']['role'][row]}' breaks the rule: {expectation.name}"
+            for row in expectation.rows
+        ]
+
+    def _records(self, unread: Sequence[Broken]) -> pd.DataFrame:
+        sources = {sample.source for _, sample in self._samples}
+        return _frame({"rule": [item.rule for item in unread] + [None] * len(sources)})
+
+    def _images(self, images: Mapping[str, ImageFact]) -> pd.DataFrame:
+        return _frame({"image": list(images), "error": [fact.error for fact in images.values()]})
+
+    def _sample_table(self, images: Mapping[str, ImageFact]) -> pd.DataFrame:
+        samples = [sample for _, sample in self._samples]
+        facts = [images[sample.image] for sample in samples]
+        return _frame(
+            {
+                "role": [role for role, _ in self._samples],
+                "uid": [sample.uid for sample in samples],
+                "question": [sample.question for sample in samples],
+                "answer": [sample.answer for sample in samples],
+                "marks": [sample.answer.count(SEG) for sample in samples],
+                "targets": [len(sample.targets) for sample in samples],
+                "height": [sample.height for sample in samples],
+                "width": [sample.width for sample in samples],
+                "image_height": [None if fact.error else fact.height for fact in facts],
+                "image_width": [None if fact.error else fact.width for fact in facts],
+            }
+        )
+
+    def _target_table(self) -> pd.DataFrame:
+        kinds = [sample.benchmark in NAMES_KINDS for sample, _ in self._targets]
+        named = [sample.benchmark != "reasonseg" for sample, _ in self._targets]
+        targets = [target for _, target in self._targets]
+        return _frame(
+            {
+                "name": [t.name if has else None for t, has in zip(targets, named, strict=True)],
+                "category": [t.category if has else None for t, has in zip(targets, kinds, strict=True)],
+                "area": [masks.area(target.rle) for target in targets],
+                "height": [sample.height for sample, _ in self._targets],
+                "width": [sample.width for sample, _ in self._targets],
+                "mask_height": [target.rle["size"][0] for target in targets],
+                "mask_width": [target.rle["size"][1] for target in targets],
+            }
+        )
+
+    def _role_table(self, roles: Mapping[str, Sequence[Sample]]) -> pd.DataFrame:
+        shares: list[float | None] = []
+        for samples in roles.values():
+            kinds = Counter(sample.kind for sample in samples if sample.kind)
+            shares.append(max(kinds.values()) / kinds.total() if len(kinds) >= 3 else None)
+        counts = [len(samples) for samples in roles.values()]
+        return _frame({"role": list(roles), "samples": counts, "kind_share": shares})
+
+
+def _frame(columns: Mapping[str, Sequence[object]]) -> pd.DataFrame:
+    """The table, with the number of each row as a column: expectations return it."""
+    frame = pd.DataFrame({name: list(values) for name, values in columns.items()})
+    frame["row"] = range(len(frame))
+    return frame
+
+
+def _quarantine(sample: Sample, rule: str) -> Broken:
+    file, _, record = sample.source.rpartition("#")
+    return Broken(file, record, rule)
