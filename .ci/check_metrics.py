@@ -38,7 +38,8 @@ def problems(summary: dict[str, Any], benchmarks: list[str], systems: list[str])
     for row in comparisons:
         bad = [key for key in ("difference", "low", "high") if not math.isfinite(row.get(key, math.nan))]
         if bad:
-            found.append(f"comparison {row.get('benchmark')} {row.get('metric')}: {', '.join(bad)} not finite")
+            name = f"{row.get('benchmark')} {row.get('metric')}"
+            found.append(f"comparison {name}: {', '.join(bad)} not finite")
     return found
 
 
@@ -50,9 +51,8 @@ def main() -> int:
     for line in found:
         print(f"metrics/summary.json: {line}", file=sys.stderr)
     if not found:
-        print(
-            f"metrics/summary.json: {len(wanted.benchmarks)} benchmarks x {len(wanted.systems)} systems, all there"
-        )
+        size = f"{len(wanted.benchmarks)} benchmarks x {len(wanted.systems)} systems"
+        print(f"metrics/summary.json: {size}, all there and finite")
     return 1 if found else 0
 
 
