@@ -15,7 +15,7 @@ from tqdm import tqdm
 from popen.params import TrainParams
 
 Log = Callable[[dict[str, float], int], None]
-Loss = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
 class DivergedError(RuntimeError):
@@ -51,7 +51,7 @@ def train(
     Args:
         item: number -> one item (an image with its questions, a pair); a pure function of the number.
         collate: `params.images` items -> what `loss` takes.
-        loss: batch -> scalar and its parts; it calls the (prepared) model.
+        loss: the prepared model and a batch -> scalar and its parts.
         checkpoints: a `popen.checkpoints.Checkpoints`; training goes on from the last complete one.
         evaluate: called every `params.eval_every` steps and at the end; what it returns is logged.
 
@@ -93,7 +93,7 @@ def train(
     with tqdm(total=params.steps, initial=done, desc=name, unit="step", mininterval=2.0, dynamic_ncols=True) as bar:
         for batch in loader:
             with accelerator.accumulate(prepared):
-                value, parts = loss(batch)
+                value, parts = loss(prepared, batch)
                 if not torch.isfinite(value):
                     raise DivergedError(
                         f"{name}: the loss is {value.item()} at step {step}: {_floats(parts)}; lower the learning rate"
@@ -115,7 +115,8 @@ def train(
             if step % 10 == 0 or step == params.steps:
                 means = {key: total / count for key, total in sums.items()}
                 bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-                log({**{f"train/{k}": v for k, v in means.items()}, "train/lr": schedule.get_last_lr()[0]}, step)
+                means["lr"] = schedule.get_last_lr()[0]
+                log({f"train/{key}": value for key, value in means.items()}, step)
                 sums, count = {}, 0
             if evaluate is not None and (step % params.eval_every == 0 or step == params.steps):
                 prepared.eval()
@@ -124,7 +125,7 @@ def train(
                 tqdm.write(f"{name} step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()))
                 prepared.train()
             if step % params.checkpoint_every == 0 and step < params.steps:
-                checkpoints.save(step, lambda folder: accelerator.save_state(str(folder), safe_serialization=True))
+                checkpoints.save(step, lambda folder: accelerator.save_state(str(folder)))
     model.eval()
 
 

@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from popen.masks import Mask, decode
+from popen.masks import Mask
 from popen.model.codebook import spell
+from popen.model.dense import IGNORED, dense_labels, image_array, mask_array
 from popen.model.language import IMAGE, PROMPT
-from popen.samples import Region, Sample
-
-IGNORED = -100  # torch's label for "no loss here"
+from popen.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -59,35 +57,6 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
-
-
-def image_array(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """RGB image -> (size, size, 3); the aspect is not kept, as in CLIP's "squash" preprocessing."""
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image, dtype=np.uint8)
-
-
-def mask_array(mask: Mask, size: int) -> Mask:
-    """Mask (h, w) -> (size, size): a pixel is set when at least half of its area is."""
-    if mask.shape == (size, size):
-        return mask
-    resized = Image.fromarray(mask.astype(np.uint8) * 255).resize((size, size), Image.Resampling.BOX)
-    return np.asarray(resized) >= 128
-
-
-def dense_labels(objects: Sequence[Region], categories: Sequence[str], size: int) -> NDArray[np.int64]:
-    """Class of every pixel (size, size): 0 background, 1 + index in `categories`; smaller things on top.
-
-    Everything is IGNORED where the data set does not annotate the whole image (no objects).
-    """
-    if not objects:
-        return np.full((size, size), IGNORED, dtype=np.int64)
-    labels = np.zeros((size, size), dtype=np.int64)
-    decoded = [(mask_array(decode(thing.rle), size), thing.category) for thing in objects]
-    for mask, category in sorted(decoded, key=lambda pair: -int(pair[0].sum())):
-        labels[mask] = 1 + categories.index(category) if category in categories else IGNORED
-    return labels
 
 
 class Encoder:

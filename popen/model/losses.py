@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from popen.model.batches import IGNORED, Batch
+from popen.model.batches import Batch
+from popen.model.dense import dense_loss
 from popen.model.segmenter import Output
 from popen.params import SftWeights
 
@@ -56,16 +57,6 @@ def mask_loss(logits: Tensor, batch: Batch, weights: SftWeights) -> dict[str, Te
         "bce": bce(logits.float(), batch.masks, pixel_weights).mean(),
         "dice": dice(logits.float(), batch.masks, batch.valid).mean(),
     }
-
-
-def dense_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per-pixel class (B, classes, h, w) against labels (B, H, W), compared at (H, W). Ours.
-
-    Zero where no pixel of the batch is labelled.
-    """
-    logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear")
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 def sft_loss(output: Output, batch: Batch, weights: SftWeights) -> tuple[Tensor, dict[str, Tensor]]:

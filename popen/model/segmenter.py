@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from popen.model.batches import Batch, Encoder
 from popen.model.codebook import Codebook, token_names
 from popen.model.decoder import Neck, PixelDecoder
+from popen.model.dense import dense_head
 from popen.model.language import IMAGE, build_language, load_tokenizer
 from popen.model.vision import Tower
 from popen.params import ModelParams
@@ -69,9 +70,7 @@ class Segmenter(nn.Module):
         self.codebook = Codebook(scales, params.decoder.tokens, hidden, width)
         self.neck = Neck(scales, self.tower.width, width, self.tower.grid)
         self.decoder = PixelDecoder(params.decoder, scales, params.vision.image_size)
-        self.dense = nn.Sequential(
-            nn.ConvTranspose2d(width, width // 2, 2, stride=2), nn.GELU(), nn.Conv2d(width // 2, 1 + len(categories), 1)
-        )
+        self.dense = dense_head(width, len(categories))
         self.encoder = Encoder(
             tokenizer, names, (self.tower.grid // params.vision.shuffle) ** 2, params.vision.image_size, categories
         )

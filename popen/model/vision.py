@@ -29,10 +29,7 @@ class Tower(nn.Module):
         self.grid = params.image_size // int(self.vit.patch_size[0])
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
-        for module in (self.vit.ln_post, self.vit):  # the pooled output is not used: nothing trains it
-            module.requires_grad_(module is self.vit)
-        if self.vit.proj is not None:
-            self.vit.proj = None
+        self.vit.prune_intermediate_layers(self.levels, prune_norm=True)  # what no level needs would never train
 
     def forward(self, images: Tensor) -> list[Tensor]:
         output = self.vit.forward_intermediates(

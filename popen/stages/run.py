@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from popen import params as parameters
 from popen import pipeline
-from popen.checkpoints import is_full
+from popen.errors import explain
 from popen.tracking import Status, Tracker
 
 if TYPE_CHECKING:
@@ -150,19 +150,6 @@ def stage(name: str) -> Iterator[Run]:
             signal.signal(signal.SIGTERM, handler)
         gc.set_threshold(*collector)
         gc.freeze()  # nor need the interpreter search all modules for garbage before it exits
-
-
-def explain(error: Exception) -> str | None:
-    """The message for errors whose text is all a user needs, None for what only a stack trace explains.
-
-    Exceptions that this package defines are written to be read; everything else but a full disk is a bug.
-    """
-    if type(error).__module__.partition(".")[0] == "popen":
-        return error.strerror or str(error) if isinstance(error, OSError) else str(error)
-    if is_full(error):
-        where = error.filename if isinstance(error, OSError) and error.filename else "an output"
-        return f"disk full while writing {where}: free space and run `dvc repro` again, it resumes"
-    return None
 
 
 def needs_hub(params: parameters.Params) -> bool:

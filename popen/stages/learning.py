@@ -1,0 +1,95 @@
+"""What the training stages share: their inputs, their batches, and the training loop with its surroundings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from popen.checkpoints import Checkpoints, digest, fingerprint
+from popen.data.images import open_image
+from popen.data.plan import Plan
+from popen.masks import decode
+from popen.model.batches import Batch, Row
+from popen.model.losses import sft_loss
+from popen.model.segmenter import Segmenter
+from popen.params import SftWeights, TrainParams
+from popen.samples import Sample, read_index
+from popen.stages.run import Run
+from popen.training import Loss, train
+
+INDEX = Path("artifacts/index")
+
+
+def samples(role: str) -> list[Sample]:
+    """The validated samples of a role."""
+    return list(read_index(INDEX / f"{role}.jsonl"))
+
+
+def sample_row(sample: Sample, image: int) -> Row:
+    """A sample as a supervised row: its own answer and masks."""
+    masks = [decode(target.rle) for target in sample.targets]
+    ignore = None if sample.ignore is None else decode(sample.ignore)
+    return Row(image, sample.question, sample.answer, masks, ignore)
+
+
+def sft_collate(model: Segmenter, run: Run, dense: bool) -> Callable[[Sequence[list[Sample]]], Batch]:
+    """Items (the samples of one image each) -> a supervised batch."""
+    data = run.params.data
+
+    def collate(items: Sequence[list[Sample]]) -> Batch:
+        images = [open_image(Path(data.root), item[0].image, data.max_pixels) for item in items]
+        rows = [sample_row(sample, index) for index, item in enumerate(items) for sample in item]
+        return model.encoder.batch(images, rows, [item[0] for item in items] if dense else ())
+
+    return collate
+
+
+def validation(
+    model: Segmenter, run: Run, held_out: Sequence[Sample], weights: SftWeights
+) -> Callable[[], dict[str, float]]:
+    """Loss and IoU on held-out questions with the true answers fed (teacher-forced, and called so)."""
+    plan = Plan(held_out, run.params.sft.train.questions, run.params.seed)
+    collate = sft_collate(model, run, dense=False)
+    count = min(len(plan.groups), 192)
+    batches = [collate([plan.item(i) for i in range(at, min(at + 32, count))]) for at in range(0, count, 32)]
+
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:
+        ce, ious = list[Tensor](), list[Tensor]()
+        for batch in batches:
+            batch = batch.to(model.device)
+            output = model(batch)
+            ce.append(sft_loss(output, batch, weights)[1]["ce"])
+            predicted, true = (output.masks > 0) & (batch.valid > 0), (batch.masks > 0) & (batch.valid > 0)
+            joint = (predicted | true).flatten(1).sum(1)
+            ious.append((predicted & true).flatten(1).sum(1) / joint.clamp(min=1) + (joint == 0).float())
+        means = float(torch.stack(ce).mean()), float(torch.cat(ious).mean())
+        return dict(zip(("val/ce_teacher_forced", "val/iou_teacher_forced"), means, strict=True))
+
+    return evaluate
+
+
+def fit(
+    run: Run,
+    model: nn.Module,
+    params: TrainParams,
+    item: Callable[[int], Any],
+    collate: Callable[[Sequence[Any]], Any],
+    loss: Loss,
+    evaluate: Callable[[], dict[str, float]] | None,
+    inputs: Iterable[Path],
+    settings: Iterable[object],
+) -> None:
+    """Train with checkpoints keyed by everything that shapes the result, log the curves, clear the checkpoints.
+
+    `inputs` are files or folders, `settings` the further parameter groups that the stage depends on.
+    """
+    key = fingerprint(run.name, run.params.seed, params, *settings, [digest(path) for path in inputs])
+    checkpoints = Checkpoints(run.home / ".checkpoints" / f"{run.name}-{key}")
+    train(model, params, item, collate, loss, run.log_metrics, checkpoints, run.name, evaluate)
+    run.curves(Path("artifacts/curves") / f"{run.name.replace('@', '_')}.csv")
+    checkpoints.clear()

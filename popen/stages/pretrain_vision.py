@@ -1,0 +1,70 @@
+"""Stage `pretrain_vision`: a tower of our own learns to name every pixel. Nothing to do where one is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from popen.stages.run import Run, stage
+
+OUT = Path("artifacts/vision")
+
+
+def pretrain(run: Run) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from torch import Tensor, nn
+
+    from popen.data.images import open_image
+    from popen.data.plan import Plan
+    from popen.model.dense import (
+        DenseTower,
+        Pixels,
+        categories_of,
+        dense_accuracy,
+        dense_labels,
+        dense_loss,
+        image_array,
+    )
+    from popen.samples import Sample
+    from popen.stages.learning import INDEX, fit, samples
+
+    params, train_samples = run.params, samples("train")
+    categories = categories_of(train_samples)
+    root, size = Path(params.data.root), params.model.vision.image_size
+    torch.manual_seed(params.seed)
+    model = DenseTower(params.model, categories)
+
+    def collate(items: list[list[Sample]]) -> Pixels:
+        opened = [open_image(root, item[0].image, params.data.max_pixels) for item in items]
+        labels = [dense_labels(item[0].objects, categories, size) for item in items]
+        return Pixels.of([image_array(image, size) for image in opened], labels)
+
+    def loss(model: nn.Module, batch: Pixels) -> tuple[Tensor, dict[str, Tensor]]:
+        return dense_loss(model(batch.images), batch.labels), {}
+
+    annotated = [sample for sample in train_samples if sample.objects]
+    held_out = Plan([sample for sample in samples("val") if sample.objects], 1, params.seed)
+    batch = collate([held_out.item(i) for i in range(min(len(held_out.groups), 128))])
+
+    def evaluate() -> dict[str, float]:
+        with torch.no_grad():
+            every, things = dense_accuracy(model(batch.images.to(model.neck.place.device)), batch.labels)
+        return {"val/pixel_accuracy": every, "val/thing_accuracy": things}
+
+    plan = Plan(annotated, params.pretrain_vision.questions, params.seed)
+    inputs = [INDEX / "train.jsonl", INDEX / "val.jsonl"]
+    fit(run, model, params.pretrain_vision, plan.item, collate, loss, evaluate, inputs, [params.model])
+    save_file(model.state_dict(), OUT / "model.safetensors")
+
+
+def main() -> None:
+    with stage("pretrain_vision") as run:
+        OUT.mkdir(parents=True, exist_ok=True)
+        if run.params.model.vision.name == "custom":
+            pretrain(run)
+        else:
+            (OUT / "skipped.txt").write_text(f"the tower {run.params.model.vision.name} has weights of its own\n")
+
+
+if __name__ == "__main__":
+    main()

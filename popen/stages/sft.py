@@ -1,0 +1,58 @@
+"""Stage `sft`: supervised fine-tuning on the training corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from popen.stages.run import stage
+
+VISION, OUT = Path("artifacts/vision"), Path("artifacts/sft")
+
+
+def main() -> None:
+    with stage("sft") as run:
+        import torch
+        from safetensors.torch import load_file
+        from torch import Tensor, nn
+
+        from popen.data.plan import Plan
+        from popen.model.batches import Batch
+        from popen.model.dense import categories_of
+        from popen.model.language import PROMPT, load_tokenizer, train_tokenizer
+        from popen.model.losses import sft_loss
+        from popen.model.segmenter import Segmenter
+        from popen.stages.learning import INDEX, fit, samples, sft_collate, validation
+
+        params, train_samples = run.params, samples("train")
+        if params.model.language.name == "custom":
+            texts = (PROMPT.format(question=s.question) + " " + s.answer for s in train_samples)
+            tokenizer = train_tokenizer(texts, params.model.language.vocab)
+        else:
+            tokenizer = load_tokenizer(params.model.language.name)
+        torch.manual_seed(params.seed)
+        model = Segmenter(params.model, tokenizer, categories_of(train_samples))
+        if params.model.vision.name == "custom":
+            model.load_state_dict(load_file(VISION / "model.safetensors"), strict=False)
+        model.tower.requires_grad_(params.sft.train_vision)
+        run.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f} M parameters train")
+
+        def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            return sft_loss(model(batch), batch, params.sft.loss)
+
+        plan = Plan(train_samples, params.sft.train.questions, params.seed)
+        fit(
+            run,
+            model,
+            params.sft.train,
+            plan.item,
+            sft_collate(model, run, dense=params.sft.loss.dense > 0),
+            loss,
+            validation(model, run, samples("val"), params.sft.loss),
+            [VISION, INDEX / "train.jsonl", INDEX / "val.jsonl"],
+            [params.model, params.sft],
+        )
+        model.save(OUT)
+
+
+if __name__ == "__main__":
+    main()
