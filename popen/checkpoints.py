@@ -18,9 +18,10 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from popen.errors import is_full
+
 KEPT = 2  # the newest, and one more in case the newest cannot be read
 _COMPLETE = re.compile(r"step-(\d{8})")
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class CheckpointError(OSError):
@@ -45,13 +46,6 @@ def digest(path: Path) -> str:
         raise FileNotFoundError(errno.ENOENT, "no such input; run the stage that makes it", str(path))
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return fingerprint(*[[file.relative_to(path).as_posix(), digest(file)] for file in files])
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether an error means that the disk (or the quota) is full, also as other libraries word it."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _FULL
-    return "No space left on device" in str(error)  # safetensors and torch raise errors of their own
 
 
 class Checkpoints:

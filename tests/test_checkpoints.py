@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from popen.checkpoints import CheckpointError, Checkpoints, digest, fingerprint, is_full
+from popen.checkpoints import CheckpointError, Checkpoints, digest, fingerprint
 
 
 def writes(text: str) -> Callable[[Path], None]:
@@ -77,8 +77,6 @@ def test_a_library_that_words_a_full_disk_its_own_way_is_understood(tmp_path: Pa
 
     with pytest.raises(CheckpointError, match="disk full"):
         Checkpoints(tmp_path).save(1, write)
-    assert not is_full(RuntimeError("shape mismatch"))
-    assert not is_full(PermissionError(errno.EACCES, "denied"))
 
 
 def test_other_errors_pass_through_and_leave_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""The command `popen`. Heavy imports are made by the commands that need them: `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from popen.errors import explain
+
+if TYPE_CHECKING:
+    from popen.evaluation.prediction import Prediction
+
+MODEL = Path("artifacts/align/fine")
+MAX_PIXELS = 40_000_000  # as `data.max_pixels` of the pipeline
+
+app = typer.Typer(
+    help="Reasoning segmentation with preference alignment: ask about an image, get words and masks.\n\n"
+    "`make repro` trains and benchmarks the models; `popen predict` uses them.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done; the message says why and what to do."""
+
+
+@app.command()
+def scenes(
+    out: Annotated[Path, typer.Argument(help="Folder to make; it must not exist or be empty.")],
+    params: Annotated[Path, typer.Option(help="Parameter file; its group `scenes` is used.")] = Path(
+        "params.yaml"
+    ),
+) -> None:
+    """Draw table-top scenes and write them in the layouts of MUSE, RefCOCO, ReasonSeg and GranD_f."""
+    from popen import params as parameters
+    from popen.data.scenes.export import write_tree
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is not an empty folder; name another one or remove it")
+    write_tree(out, parameters.load(params).scenes)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def predict(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG, WebP, BMP, TIFF or GIF file.")],
+    question: Annotated[
+        str, typer.Argument(metavar="QUESTION", help='For example: "What would I need to eat soup?"')
+    ],
+    model: Annotated[Path, typer.Option(metavar="FOLDER", help="A trained model.")] = MODEL,
+    ensemble: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Members of the preference ensemble; 1: one answer.")
+    ] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Picture of the answer.", show_default="<image>_answer.png"),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE.json", help="Masks and scores.", show_default="<image>_answer.json"
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="LOGIT",
+            help="Above it a pixel belongs to a mask.",
+            show_default="calibrated on validation",
+        ),
+    ] = None,
+) -> None:
+    """Answer QUESTION about IMAGE: print the words, write the masks as a picture and as JSON."""
+    from popen.data.images import open_image
+
+    if not question.strip():
+        raise UsageError(
+            'the question is empty; ask one, for example "Where is the second cup from the left?"'
+        )
+    if not (model / "config.json").is_file():
+        raise UsageError(f"{model}: no model there; run `make repro` first or name another one with --model")
+    path = image.resolve()
+    opened = open_image(path.parent, path.name, MAX_PIXELS)
+    picture = out or Path(f"{image.stem}_answer.png")
+    record = json_file or Path(f"{image.stem}_answer.json")
+    for file in (picture, record):
+        if not file.parent.is_dir():
+            raise UsageError(f"{file}: the folder {file.parent} does not exist; make it first")
+
+    from popen.predict import predict as answer
+
+    prediction = answer(model, opened, question, members=ensemble, threshold=threshold)
+
+    from popen.evaluation.overlay import overlay
+    from popen.masks import decode
+
+    masks = [decode(rle) for rle in prediction.masks]
+    overlay(opened, masks, prediction.text, question, size=960).save(picture, format="PNG")
+    record.write_text(to_json(prediction, image, question), encoding="utf-8")
+    typer.echo(spoken(prediction))
+    typer.echo(f"wrote {picture} and {record}", err=True)
+
+
+def spoken(prediction: Prediction) -> str:
+    """The answer in words alone: "the cup {seg}." -> "the cup."."""
+    from popen.evaluation.overlay import pieces
+
+    return " ".join("".join(words for words, _ in pieces(prediction.text)).split())
+
+
+def to_json(prediction: Prediction, image: Path, question: str) -> str:
+    """A prediction as JSON: answer, one {name, rle, area} a mask (RLE and pixels), and the scores."""
+    import json
+
+    from popen.evaluation.overlay import pieces
+    from popen.masks import area
+
+    names = {target: words for words, target in pieces(prediction.text) if target is not None}
+    masks = [
+        {"name": names.get(index, ""), "rle": rle, "area": area(rle)}
+        for index, rle in enumerate(prediction.masks)
+    ]
+    scores = {"loglik": prediction.loglik, "confidence": prediction.confidence}
+    record = {
+        "image": str(image),
+        "question": question,
+        "answer": prediction.text,
+        "masks": masks,
+        "scores": scores,
+        "seconds": prediction.seconds,
+    }
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
+def main() -> None:
+    """Run the command line; errors that are written to be read are printed as one line, with code 1."""
+    try:
+        app()
+    except Exception as error:
+        text = explain(error)
+        if text is None or os.environ.get("POPEN_DEBUG"):
+            raise
+        print(f"popen: error: {text}", file=sys.stderr)
+        raise SystemExit(1) from None

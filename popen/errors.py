@@ -1,0 +1,28 @@
+"""Errors in words: what a user reads instead of a stack trace."""
+
+from __future__ import annotations
+
+import errno
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error means that the disk (or the quota) is full, also as other libraries word it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    return "No space left on device" in str(error)  # safetensors and torch raise errors of their own
+
+
+def explain(error: BaseException) -> str | None:
+    """The message for errors whose text is all a user needs, None for what only a stack trace explains.
+
+    The exceptions that this package defines are written to be read (file, record, rule, remedy);
+    everything else but a full disk is a bug.
+    """
+    if type(error).__module__.partition(".")[0] == "popen":
+        return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    if is_full(error):
+        where = error.filename if isinstance(error, OSError) and error.filename else "an output"
+        return f"disk full while writing {where}: free space and run `dvc repro` again, it resumes"
+    return None
