@@ -79,8 +79,8 @@ def fit(features: Array, quality: Array, ridge: float = 1e-2) -> Score:
     """
     if quality.ndim != 2 or features.shape != (*quality.shape, len(FEATURES)) or not quality.size:
         raise ValueError(
-            f"features {features.shape} and quality {quality.shape} must be (Q, M, {len(FEATURES)}) and (Q, M)"
-            ", with a question in them"
+            f"features {features.shape} must be (Q, M, {len(FEATURES)}) and quality {quality.shape} (Q, M), "
+            "with at least one question and member"
         )
     for name, values in [*zip(FEATURES, np.moveaxis(features, -1, 0), strict=True), ("quality", quality)]:
         for question, member in np.argwhere(~np.isfinite(values)):

@@ -1,0 +1,281 @@
+"""Taking answers apart, correcting them, and marking what changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from popen.data import muse
+from popen.preference.text import category, changed_spans, correct, parse
+from popen.samples import SEG, Region, Sample
+
+
+def thing(name: str, kind: str, place: int = 0) -> Region:
+    """A region of its own at `place`; regions at one place are the same thing."""
+    return Region(name, kind, {"size": [8, 8], "counts": str(place)})
+
+
+CUP, FORK, KNIFE = (
+    thing("the red cup", "cup", 1),
+    thing("the fork", "fork", 2),
+    thing("the knife", "knife", 3),
+)
+LEFT, RIGHT = thing("the left apple", "apple", 4), thing("the right apple", "apple", 5)
+PLATE = thing("the plate", "plate", 6)
+TABLE = (CUP, FORK, KNIFE, LEFT, RIGHT, PLATE)
+
+
+def ask(*targets: Region, objects: tuple[Region, ...] = TABLE, answer: str | None = None) -> Sample:
+    said = ", ".join(f"{target.name} {SEG}" for target in targets) or "nothing here"
+    return Sample(
+        uid="muse/val/0/0",
+        benchmark="muse",
+        split="val",
+        image="0.png",
+        height=8,
+        width=8,
+        question="What?",
+        answer=answer or f"Ground truth: {said}.",
+        targets=targets,
+        objects=objects,
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "prefix", "phrases"),
+    [
+        (
+            "you could use the red cup {seg}, the fork {seg} and the knife {seg}.",
+            "you could use ",
+            ("the red cup", "the fork", "the knife"),
+        ),
+        (
+            "In this picture, the person at the left {seg}, the person at the right {seg} and "
+            "the person at the middle {seg}.",
+            "In this picture, ",
+            ("the person at the left", "the person at the right", "the person at the middle"),
+        ),
+        (
+            "In this picture you can see the second cup from the left {seg}, and knives {seg}",
+            "In this picture you can see ",
+            ("the second cup from the left", "knives"),
+        ),
+        ("It is the road {seg}.", "It is ", ("the road",)),
+        ("It is the two forks {seg}.", "It is ", ("the two forks",)),
+        (
+            "There are red cups ({seg}) and two of the forks: {seg}",
+            "There are ",
+            ("red cups", "two of the forks"),
+        ),
+        ("The left one {seg} is fine", "", ("The left one",)),
+        ("{seg}{seg}", "", ("", "")),
+        ("Nothing here.", "Nothing here.", ()),
+        ("", "", ()),
+    ],
+)
+def test_parse_by_hand(answer: str, prefix: str, phrases: tuple[str, ...]) -> None:
+    parts = parse(answer)
+    assert (parts.prefix, parts.phrases) == (prefix, phrases)
+    assert parts.render() == answer
+
+
+def test_known_names_help_where_grammar_would_cut() -> None:
+    answer = "It is the cup that she holds {seg}."
+    assert parse(answer).phrases == ("holds",)
+    assert parse(answer, ["the cup that she holds", "cup"]).phrases == ("the cup that she holds",)
+    assert parse("It is the red cup {seg}.", ["cup"]).phrases == ("the red cup",)
+    assert parse("Look at man in blue {seg}.", ["man in blue"]).phrases == ("man in blue",)
+
+
+fragments = st.sampled_from(
+    [SEG, "{seg", "}", " ", ",", ".", "\n", "the ", "a", " and ", "cup", "left", "of "]
+)
+
+
+@given(st.text() | st.lists(fragments | st.text(max_size=3), max_size=25).map("".join))
+def test_no_character_is_lost(answer: str) -> None:
+    parts = parse(answer, ["the cup", "left", ""])
+    assert parts.render() == answer
+    assert len(parts.phrases) == answer.count(SEG)
+    assert len(parts.joints) == max(len(parts.phrases) - 1, 0)
+    assert not any(SEG in text for text in (*parts.phrases, parts.prefix))
+
+
+@pytest.mark.parametrize(
+    ("phrase", "expected"),
+    [
+        ("the red cup", "cup"),
+        ("a fork", "fork"),
+        ("the knives", "knife"),
+        ("two berries", "berry"),
+        ("the orange cup on the table", "cup"),
+        ("the orange", "orange"),
+        ("the cup behind the orange", "cup"),
+        ("the big wine glass at the left", "wine glass"),
+        ("the pair of scissors", "scissors"),
+        ("The Cup", "cup"),
+        ("the cupboard", None),
+        ("the spoon", None),
+        ("", None),
+    ],
+)
+def test_category_of_a_phrase(phrase: str, expected: str | None) -> None:
+    kinds = ["berry", "cup", "fork", "glass", "knife", "orange", "scissors", "table", "wine glass"]
+    assert category(phrase, kinds) == expected
+    assert category(phrase, kinds[::-1]) == expected
+
+
+@pytest.mark.parametrize(
+    ("sampled", "targets", "corrected", "order"),
+    [
+        # right as it is, in the model's own words and order
+        ("You need the knife {seg} and the fork {seg}.", (FORK, KNIFE), None, (KNIFE, FORK)),
+        ("You need a cup {seg}.", (CUP,), None, (CUP,)),
+        # hallucinated: a spoon that is not there; asked for something else: a plate that is
+        ("You need the fork {seg} and the spoon {seg}.", (FORK,), "You need the fork {seg}.", (FORK,)),
+        (
+            "You need the spoon {seg}, the fork {seg}, the plate {seg} and the knife {seg}!",
+            (FORK, KNIFE),
+            "You need the fork {seg} and the knife {seg}!",
+            (FORK, KNIFE),
+        ),
+        ("A {seg}, the fork {seg}, and the knife {seg}.", (FORK, KNIFE),
+         "The fork {seg} and the knife {seg}.", None),
+        # missing
+        ("Take the fork {seg}.", (FORK, KNIFE), "Take the fork {seg} and the knife {seg}.", (FORK, KNIFE)),
+        ("Take the knife {seg}.", (CUP, FORK, KNIFE),
+         "Take the red cup {seg}, the fork {seg} and the knife {seg}.", None),
+        ("Take the knife {seg} plus the red cup {seg}.", (CUP, FORK, KNIFE),
+         "Take the fork {seg}, the knife {seg} plus the red cup {seg}.", (FORK, KNIFE, CUP)),
+        # wrong one of the same kind, said where a kept list is left alone
+        ("You could eat the left apple {seg}; the fork {seg} helps.", (RIGHT, FORK),
+         "You could eat the right apple {seg}; the fork {seg} helps.", (RIGHT, FORK)),
+        ("I see the apple {seg}.", (RIGHT,), "I see the right apple {seg}.", (RIGHT,)),
+        # the right one is said later: the first is the other
+        ("The left apple {seg} and the green apple {seg}.", (RIGHT, LEFT),
+         "The left apple {seg} and the right apple {seg}.", (LEFT, RIGHT)),
+        # said twice
+        ("The fork {seg}, the fork {seg} and the knife {seg}.", (FORK, KNIFE),
+         "The fork {seg} and the knife {seg}.", None),
+        # a capital stays at the start of the answer and nowhere else
+        ("The fork {seg}.", (CUP, FORK), "The red cup {seg} and the fork {seg}.", (CUP, FORK)),
+        ("The fork {seg}; the knife {seg}, the left apple {seg} or the red cup {seg}", (FORK, KNIFE, RIGHT, CUP),
+         "The fork {seg}; the knife {seg}, the right apple {seg} or the red cup {seg}", None),
+        # an invented and a forgotten thing at once: as many phrases, hence the model's own joints
+        ("The spoon {seg} with the fork {seg}", (FORK, KNIFE), "The fork {seg} with the knife {seg}", None),
+    ],
+)  # fmt: skip
+def test_correction(
+    sampled: str, targets: tuple[Region, ...], corrected: str | None, order: tuple[Region, ...] | None
+) -> None:
+    result = correct(sampled, ask(*targets))
+    assert result.answer == (corrected or sampled)
+    assert result.targets == (order or targets)
+    assert result.changed == (corrected is not None)
+
+
+@pytest.mark.parametrize("sampled", ["It is the spoon {seg}.", "There is no such thing.", "", "{seg}"])
+def test_nothing_right_gives_the_answer_of_the_data_set(sampled: str) -> None:
+    sample = ask(FORK, KNIFE)
+    result = correct(sampled, sample)
+    assert (result.answer, result.targets, result.changed) == (sample.answer, (FORK, KNIFE), True)
+
+
+def test_no_target() -> None:
+    sample = ask(answer="There is nothing to drink from.")
+    wrong = correct("You could use the red cup {seg}.", sample)
+    assert (wrong.answer, wrong.targets, wrong.changed) == (sample.answer, (), True)
+    right = correct("I see nothing of the kind.", sample)
+    assert (right.answer, right.targets, right.changed) == ("I see nothing of the kind.", (), False)
+
+
+def test_targets_of_one_name_are_told_apart_by_order() -> None:
+    first, second = thing("the person at the left", "person", 1), thing("the person at the left", "person", 2)
+    sample = ask(first, second, objects=())
+    one = correct("I see the person at the left {seg}.", sample)
+    assert one.answer == "I see the person at the left {seg} and the person at the left {seg}."
+    assert one.targets == (first, second)
+
+
+def test_a_target_listed_among_the_objects_by_its_kind_is_no_rival() -> None:
+    sample = ask(CUP, objects=(thing("cup", "cup", 1), FORK))
+    assert not correct("Use the cup {seg}.", sample).changed
+    rival = ask(CUP, objects=(thing("cup", "cup", 1), thing("cup", "cup", 9)))
+    assert correct("Use the cup {seg}.", rival).answer == "Use the red cup {seg}."
+
+
+def test_without_categories_names_decide() -> None:
+    target = thing("the thing that keeps you dry", "", 1)
+    sample = ask(target, objects=())
+    assert not correct("It is the thing that keeps you dry {seg}.", sample).changed
+    assert correct("It is the hat {seg}.", sample).answer == sample.answer
+
+
+phrases = st.sampled_from([*(region.name for region in TABLE), "the spoon", "an apple", "the cup", "hats"])
+
+
+@given(
+    st.lists(phrases, max_size=5),
+    st.lists(st.sampled_from(TABLE), max_size=4, unique_by=lambda region: region.name),
+    st.sampled_from(["", "You need ", "In this picture, "]),
+    st.sampled_from([", ", " and ", ", and ", " "]),
+)
+def test_a_corrected_answer_names_the_targets_once_each_and_needs_no_correction(
+    said: list[str], targets: list[Region], prefix: str, joint: str
+) -> None:
+    sample = ask(*targets)
+    result = correct(prefix + joint.join(f"{phrase} {SEG}" for phrase in said) + ".", sample)
+    assert sorted(region.name for region in result.targets) == sorted(region.name for region in targets)
+    assert result.answer.count(SEG) == len(targets)
+    again = correct(result.answer, sample)
+    assert not again.changed
+    assert again.targets == result.targets
+
+
+def test_changed_spans_by_hand() -> None:
+    assert changed_spans([1, 2, 3, 9], [1, 2, 3, 9]) == ([False] * 4, [False] * 4)
+    assert changed_spans([1, 2, 9], [1, 2, 7, 8, 9]) == ([False] * 3, [False, False, True, True, False])
+    assert changed_spans([1, 5, 6, 9], [1, 7, 9]) == ([False, True, True, False], [False, True, False])
+    assert changed_spans([], [4]) == ([], [True])
+
+
+@given(st.lists(st.integers(0, 4), max_size=300), st.lists(st.integers(0, 4), max_size=300))
+def test_unchanged_tokens_are_the_same_on_both_sides(chosen: list[int], rejected: list[int]) -> None:
+    marks = changed_spans(chosen, rejected)
+    kept = [
+        [token for token, changed in zip(tokens, mark, strict=True) if not changed]
+        for tokens, mark in zip((chosen, rejected), marks, strict=True)
+    ]
+    assert kept[0] == kept[1]
+
+
+def test_frequent_tokens_of_long_answers_still_match() -> None:
+    # SequenceMatcher's autojunk would drop a token that makes up 1 % of 200 or more
+    tokens = [1, 2] * 150
+    assert changed_spans([3, *tokens], tokens) == ([True] + [False] * 300, [False] * 300)
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("folder", "split"), [("coco", "train"), ("coco", "test_many"), ("street", "val")])
+def test_real_answers_come_apart_at_their_targets(folder: str, split: str) -> None:
+    default = Path(__file__).parents[2] / "../shared/data"
+    root = Path(os.environ.get("POPEN_REAL_DATA", default)) / folder
+    if not root.is_dir():
+        pytest.skip(f"{root}: no real photographs there; set POPEN_REAL_DATA")
+    samples = [sample for sample in muse.read(root, split) if isinstance(sample, Sample)]
+    assert samples
+    for sample in samples:
+        parts = parse(sample.answer)  # by grammar alone
+        assert parts.render() == sample.answer
+        assert [p.lower() for p in parts.phrases] == [target.name.lower() for target in sample.targets]
+        assert not correct(sample.answer, sample).changed
+        # every target but the last forgotten: the correction restores them all
+        if len(sample.targets) > 1:
+            short = parts.prefix + parts.phrases[-1] + parts.suffix
+            assert sorted(t.name for t in correct(short, sample).targets) == sorted(
+                t.name for t in sample.targets
+            )
