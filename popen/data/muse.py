@@ -18,7 +18,7 @@ from popen.data.records import (
 )
 from popen.samples import SEG, Region, Sample
 
-SPLITS = ("train", "val", "test_less", "test_many")
+SPLITS = ("train", "val", "test_less", "test_many", "preference")  # the last is ours: the clean scenes
 
 
 def path(split: str) -> str:

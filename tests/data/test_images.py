@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from popen.data.images import ImageError, digest, image_size, open_image
+from tests.data.trees import write_image
+
+LIMIT = 10_000
+
+
+def giant_png(path: Path, side: int) -> None:
+    """A valid header that promises side x side pixels, and next to no data."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")))
+
+
+def test_an_image_is_opened_as_rgb(tmp_path: Path) -> None:
+    Image.fromarray(np.full((3, 5, 4), 7, dtype=np.uint8)).save(tmp_path / "a.png")
+    image = open_image(tmp_path, "a.png", LIMIT)
+    assert (image.mode, image.size) == ("RGB", (5, 3))
+    assert image_size(tmp_path, "a.png") == (3, 5)
+
+
+@pytest.mark.parametrize("side", [101, 12_000, 60_000])
+def test_a_giant_is_refused_before_it_is_decoded(tmp_path: Path, side: int) -> None:
+    giant_png(tmp_path / "a.png", side)
+    with pytest.raises(ImageError, match=r"a\.png: .*(more than the 10000 allowed|far too large)"):
+        open_image(tmp_path, "a.png", LIMIT)
+
+
+def test_the_limit_itself_is_allowed(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", 0, (100, 100))
+    assert open_image(tmp_path, "a.png", LIMIT).size == (100, 100)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_a_truncated_file(tmp_path: Path, name: str) -> None:
+    write_image(tmp_path / name, 0, (90, 90))
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    assert image_size(tmp_path, name) == (90, 90)  # the header is sound, the pixels are not
+    with pytest.raises(ImageError, match=r"not a readable image .*fetch"):
+        open_image(tmp_path, name, LIMIT)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"BM"])
+def test_files_that_are_no_images(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ImageError, match=r"a\.png: not a readable image"):
+        open_image(tmp_path, "a.png", LIMIT)
+
+
+def test_files_that_are_missing_or_folders(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("none.png", "folder"):
+        with pytest.raises(ImageError, match=f"{name}: no such file"):
+            open_image(tmp_path, name, LIMIT)
+
+
+def test_paths_that_climb_out_of_the_root(tmp_path: Path) -> None:
+    write_image(tmp_path / "secret.png", 0)
+    root = tmp_path / "data"
+    root.mkdir()
+    os.symlink(tmp_path / "secret.png", root / "link.png")
+    os.symlink(tmp_path, root / "folder")
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "folder/secret.png"):
+        with pytest.raises(ImageError, match="outside of the data root"):
+            open_image(root, name, LIMIT)
+
+
+def test_links_inside_the_root_and_a_linked_root_are_fine(tmp_path: Path) -> None:
+    write_image(tmp_path / "data/a.png", 0)
+    os.symlink("a.png", tmp_path / "data/b.png")
+    os.symlink(tmp_path / "data", tmp_path / "elsewhere")
+    assert open_image(tmp_path / "elsewhere", "b.png", LIMIT).size == (16, 12)
+
+
+def test_the_digest_is_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert digest(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
