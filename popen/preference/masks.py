@@ -83,8 +83,8 @@ def rank(
     """High, medium and low of the K candidate masks of one target.
 
     A loser is admissible beside a winner when its IoU is lower by `margin` at least and the larger of the two
-    areas is at most `area_ratio` times the smaller; without the second condition the model learns to draw
-    larger masks, not better ones. `high` is the best candidate that has an admissible loser, `low` its worst
+    areas is at most `area_ratio` times the smaller (so an empty mask is never one); without the second
+    condition the model learns to draw larger masks, not better ones. `high` is the best candidate that has an admissible loser, `low` its worst
     admissible loser and `medium`, of those left, the one whose IoU is closest to the middle of the two. A
     medium as bad as `low` is none: the fine stage would repeat the coarse one.
 
@@ -99,20 +99,16 @@ def rank(
         The ranks, or None when the target gives no pair.
     """
 
-    def admissible(winner: int) -> list[int]:
-        return [
-            k
-            for k in range(len(ious))
-            # an empty mask (area 0) matches nothing but another empty mask
-            if k != winner
-            and ious[winner] - ious[k] >= margin
-            and max(areas[winner], areas[k]) <= area_ratio * min(areas[winner], areas[k])
-        ]
-
     for high in sorted(range(len(ious)), key=lambda k: -ious[k]):
         if clean_iou is not None and ious[high] <= clean_iou:
             return None
-        losers = admissible(high)
+        losers = [
+            k
+            for k in range(len(ious))
+            if k != high
+            and ious[high] - ious[k] >= margin
+            and max(areas[high], areas[k]) <= area_ratio * min(areas[high], areas[k])
+        ]
         if losers:
             low = min(losers, key=lambda k: ious[k])
             middle = (ious[high] + ious[low]) / 2

@@ -35,6 +35,12 @@ _CLAUSE = _set(  # words a phrase cannot contain, so that it starts after the la
     "i you we it they he she there is are was were be would could should must "
     "see use need want have has choose pick show shows"
 )
+_NUMBER = (
+    ("it is", "they are"),
+    ("here is", "here are"),
+    ("there is", "there are"),
+    ("this is", "these are"),
+)
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,9 @@ def correct(sampled: str, sample: Sample) -> Correction:
     cup), then by kind; a phrase of the right kind only is replaced by the target's name. Phrases left over
     name no target (absent, not asked for, or said twice) and are removed; targets left over are inserted at
     the place of their order in `sample.targets`. Prefix, suffix and the style of the list stay the model's
-    own. Where no phrase could be matched, the answer of the data set takes its place. An answer without
-    phrases is right when there is no target, whatever its words.
+    own; only "it is" becomes "they are" (and the like) where the number of things changed and the data set's
+    answer says so. Where no phrase could be matched, the answer of the data set takes its place. An answer
+    without phrases is right when there is no target, whatever its words.
 
     A phrase is matched by the categories of the sample alone, so a synonym ("mug") counts as wrong.
     """
@@ -134,7 +141,10 @@ def correct(sampled: str, sample: Sample) -> Correction:
     phrases = [phrase for _, phrase in mentions]
     if _opens(answer):
         phrases = [_upper(phrases[0]), *(_lower(phrase) for phrase in phrases[1:])]
-    corrected = Answer(answer.prefix, tuple(phrases), _joints(answer, len(phrases)), answer.suffix).render()
+    prefix = answer.prefix
+    if (len(phrases) == 1) != (len(answer.phrases) == 1):
+        prefix = _agreeing(prefix, parse(sample.answer).prefix)
+    corrected = Answer(prefix, tuple(phrases), _joints(answer, len(phrases)), answer.suffix).render()
     return Correction(corrected, tuple(sample.targets[index] for index, _ in mentions), corrected != sampled)
 
 
@@ -220,6 +230,16 @@ def _joints(answer: Answer, count: int) -> tuple[str, ...]:
     if count == 2:
         last = re.sub(r",(?=\s+(?:and|or)\b)", "", last)  # a list of two has no serial comma
     return (*[middle] * (count - 2), last)[: count - 1]
+
+
+def _agreeing(prefix: str, model: str) -> str:
+    """The prefix with its "is" or "are" in the number of the model's, where both end in the same opening."""
+    for pair in _NUMBER:
+        for said, right in (pair, pair[::-1]):
+            if prefix.lower().endswith(said + " ") and model.lower().endswith(right + " "):
+                start = len(prefix) - len(said) - 1
+                return prefix[:start] + (_upper(right) if prefix[start].isupper() else right) + " "
+    return prefix
 
 
 def _opens(answer: Answer) -> bool:

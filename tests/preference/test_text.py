@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from popen.data import muse
+from popen.data.scenes import noise as noises
+from popen.data.scenes import questions
+from popen.data.scenes.composition import compose
+from popen.masks import encode
+from popen.params import NoiseParams
 from popen.preference.text import category, changed_spans, correct, parse
 from popen.samples import SEG, Region, Sample
 
@@ -163,7 +169,8 @@ def test_category_of_a_phrase(phrase: str, expected: str | None) -> None:
          "The fork {seg} and the knife {seg}.", None),
         # a capital stays at the start of the answer and nowhere else
         ("The fork {seg}.", (CUP, FORK), "The red cup {seg} and the fork {seg}.", (CUP, FORK)),
-        ("The fork {seg}; the knife {seg}, the left apple {seg} or the red cup {seg}", (FORK, KNIFE, RIGHT, CUP),
+        ("The fork {seg}; the knife {seg}, the left apple {seg} or the red cup {seg}",
+         (FORK, KNIFE, RIGHT, CUP),
          "The fork {seg}; the knife {seg}, the right apple {seg} or the red cup {seg}", None),
         # an invented and a forgotten thing at once: as many phrases, hence the model's own joints
         ("The spoon {seg} with the fork {seg}", (FORK, KNIFE), "The fork {seg} with the knife {seg}", None),
@@ -183,6 +190,42 @@ def test_nothing_right_gives_the_answer_of_the_data_set(sampled: str) -> None:
     sample = ask(FORK, KNIFE)
     result = correct(sampled, sample)
     assert (result.answer, result.targets, result.changed) == (sample.answer, (FORK, KNIFE), True)
+
+
+@pytest.mark.parametrize(
+    ("sampled", "truth", "corrected"),
+    [
+        ("They are the fork {seg} and the spoon {seg}.", "it is the fork {seg}.", "It is the fork {seg}."),
+        ("Well, here is the fork {seg}.", "here are the fork {seg} and the knife {seg}.",
+         "Well, here are the fork {seg} and the knife {seg}."),
+        # a data set that says "it is" of several things keeps saying so
+        ("It is the fork {seg}.", "It is the fork {seg} and the knife {seg}.",
+         "It is the fork {seg} and the knife {seg}."),
+        # the number did not change: neither does the opening
+        ("it is the fork {seg} and the spoon {seg}.", "they are the fork {seg} and the knife {seg}.",
+         "it is the fork {seg} and the knife {seg}."),
+    ],
+)  # fmt: skip
+def test_the_opening_follows_the_number_of_things(sampled: str, truth: str, corrected: str) -> None:
+    targets = (FORK, KNIFE)[: truth.count(SEG)]
+    assert correct(sampled, ask(*targets, answer=truth)).answer == corrected
+
+
+def test_noisy_answers_about_scenes_are_corrected_to_the_true_ones_word_for_word() -> None:
+    noise = NoiseParams(absent_mentioned=1.0, present_dropped=1.0, mask_coarse=0.0)
+    spoiled = 0
+    for seed in range(8):
+        scene, rng = compose((seed,), 64, crowded=seed % 2 == 0), np.random.default_rng(seed)
+        objects = tuple(Region(shown.name, shown.kind, encode(shown.mask)) for shown in scene.things)
+        for question in questions.ask(scene, rng, 6):
+            truth, said = (
+                questions.answer_text(question.opening, [mention.name for mention in mentions])
+                for mentions in (noises.truth(scene, question), noises.noisy(scene, question, rng, noise))
+            )
+            targets = tuple(objects[number] for number in question.targets)
+            assert correct(said, ask(*targets, objects=objects, answer=truth)).answer == truth
+            spoiled += said != truth
+    assert spoiled > 10
 
 
 def test_no_target() -> None:
