@@ -84,9 +84,9 @@ def rank(
 
     A loser is admissible beside a winner when its IoU is lower by `margin` at least and the larger of the two
     areas is at most `area_ratio` times the smaller (so an empty mask is never one); without the second
-    condition the model learns to draw larger masks, not better ones. `high` is the best candidate that has an admissible loser, `low` its worst
-    admissible loser and `medium`, of those left, the one whose IoU is closest to the middle of the two. A
-    medium as bad as `low` is none: the fine stage would repeat the coarse one.
+    condition the model learns to draw larger masks, not better ones. `high` is the best candidate that has an
+    admissible loser, `low` its worst admissible loser and `medium`, of those left, the one whose IoU is
+    closest to the middle of the two. A medium as bad as `low` is none: the fine stage would repeat the coarse.
 
     Args:
         ious: K values against the true mask.
@@ -98,7 +98,6 @@ def rank(
     Returns:
         The ranks, or None when the target gives no pair.
     """
-
     for high in sorted(range(len(ious)), key=lambda k: -ious[k]):
         if clean_iou is not None and ious[high] <= clean_iou:
             return None
