@@ -86,7 +86,7 @@ def rank(
     areas is at most `area_ratio` times the smaller (so an empty mask is never one); without the second
     condition the model learns to draw larger masks, not better ones. `high` is the best candidate that has an
     admissible loser, `low` its worst admissible loser and `medium`, of those left, the one whose IoU is
-    closest to the middle of the two. A medium as bad as `low` is none: the fine stage would repeat the coarse.
+    closest to the middle of the two. A medium as bad as `low` is none: fine would repeat coarse.
 
     Args:
         ious: K values against the true mask.
