@@ -15,7 +15,7 @@ from pandas import DataFrame
 
 from popen.evaluation import captions, iou
 from popen.evaluation.hallucination import Vocabulary, categories, judge
-from popen.evaluation.prediction import Prediction
+from popen.evaluation.prediction import EvaluationError, Prediction
 from popen.masks import Mask, decode, union
 from popen.samples import Rle, Sample
 
@@ -25,7 +25,7 @@ Column = NDArray[np.float64]
 def _masks(rles: Sequence[Rle], sample: Sample, what: str) -> list[Mask]:
     for rle in rles:
         if rle["size"] != [sample.height, sample.width]:
-            raise ValueError(
+            raise EvaluationError(
                 f"{sample.uid}: {what} of size {rle['size']} in an image of {[sample.height, sample.width]}; "
                 "give masks at the image's size"
             )
@@ -72,19 +72,19 @@ def row(sample: Sample, prediction: Prediction, vocabulary: Vocabulary) -> dict[
 def rows(samples: Sequence[Sample], predictions: Sequence[Prediction]) -> DataFrame:
     """One row a question, in the order of `samples`; columns as `row` names them.
 
-    Raises ValueError when a prediction is missing, doubled or answers no question of `samples`, and when
+    Raises EvaluationError when a prediction is missing, doubled or answers no question of `samples`, and when
     a mask is not at its image's size.
     """
     answers = {prediction.uid: prediction for prediction in predictions}
     asked = {sample.uid for sample in samples}
     if answers.keys() != asked:
         lost, extra = sorted(asked - answers.keys()), sorted(answers.keys() - asked)
-        raise ValueError(
+        raise EvaluationError(
             f"{len(lost)} questions have no prediction {lost[:1]}, {len(extra)} predictions answer no "
             f"question {extra[:1]}; run the stage evaluate again"
         )
     if len(answers) != len(predictions) or len(asked) != len(samples):
-        raise ValueError("a question occurs twice; give every question and its prediction once")
+        raise EvaluationError("a question occurs twice; give every question and its prediction once")
     vocabulary = Vocabulary(categories(samples))
     return DataFrame([row(sample, answers[sample.uid], vocabulary) for sample in samples])
 

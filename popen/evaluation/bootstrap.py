@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pandas import DataFrame
 
 from popen.evaluation.benchmark import METRICS, RATIOS
+from popen.evaluation.prediction import EvaluationError
 
 Floats = NDArray[np.float64]
 _CHUNK = 200  # resamples at once: bounds the memory to _CHUNK x questions
@@ -69,11 +70,12 @@ def compare(rows_a: DataFrame, rows_b: DataFrame, metric: str, resamples: int, s
     """Paired comparison of two systems on the same questions.
 
     Both take the same draws of questions, and the same seed gives the same draws for every metric.
-    Raises ValueError when the two do not answer the same questions.
+    Raises EvaluationError when the two do not answer the same questions.
     """
     if set(rows_a["uid"]) != set(rows_b["uid"]) or len(rows_a) != len(rows_b) or not len(rows_a):
-        raise ValueError("only systems that answered the same questions can be compared; evaluate both again")
+        raise EvaluationError("two systems can be compared on the same questions only; evaluate both again")
     a, b = (table.sort_values("uid") for table in (rows_a, rows_b))
     sums = resample(np.concatenate([_columns(a, metric), _columns(b, metric)], axis=1), resamples, seed)
     differences = _quotient(sums[:, 0], sums[:, 1]) - _quotient(sums[:, 2], sums[:, 3])
-    return Comparison(METRICS[metric](rows_a) - METRICS[metric](rows_b), *_interval(differences))
+    found = METRICS[metric](a) - METRICS[metric](b), *_interval(differences)
+    return Comparison(*(round(value, 12) for value in found))  # no rounding error may pass for a difference

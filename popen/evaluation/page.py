@@ -41,8 +41,8 @@ def choose(before: DataFrame, after: DataFrame, each: int) -> dict[str, list[str
     `before` and `after` are the rows of two systems on the same questions. The choice is a rule, not a
     taste: the extremes of a column, equal values in the order of the uids.
     """
-    joined = before.set_index("uid").join(after.set_index("uid"), lsuffix="_before").sort_index()
-    gain = joined["matched"] - joined["matched_before"]
+    joined = after.set_index("uid").sort_index()
+    gain = joined["matched"] - before.set_index("uid")["matched"]
     several = joined["n_true"] > 1
     rules = {
         "Best: several targets": joined["matched"].where(several),

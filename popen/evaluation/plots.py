@@ -100,6 +100,7 @@ def bars(table: Table, metrics: Sequence[str], resamples: int, seed: int) -> Fig
                 )
             axis.set_title(title(metric), loc="left")
             axis.set_ylabel("%")
+            axis.set_ylim(bottom=0.0)
             axis.set_xticks(np.arange(len(table)), list(table))
             axis.grid(axis="x", visible=False)
         _legend(figure, axes[0])

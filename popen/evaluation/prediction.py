@@ -11,11 +11,15 @@ from pathlib import Path
 from popen.samples import SEG, Rle
 
 
+class EvaluationError(ValueError):
+    """Predictions cannot be evaluated; the message names them, what is wrong and the remedy."""
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a system answered, free-running: its own words decide how many masks there are.
 
-    Raises ValueError unless `text` holds one `{seg}` a mask.
+    Raises EvaluationError unless `text` holds one `{seg}` a mask.
     """
 
     uid: str  # of the Sample
@@ -28,7 +32,7 @@ class Prediction:
     def __post_init__(self) -> None:
         named = self.text.count(SEG)
         if named != len(self.masks):
-            raise ValueError(
+            raise EvaluationError(
                 f"prediction {self.uid}: the text holds {named} {SEG} but there are {len(self.masks)} masks; "
                 "give every target of the answer one mask"
             )
@@ -46,13 +50,13 @@ def write_predictions(path: Path, predictions: Iterable[Prediction]) -> int:
 
 
 def read_predictions(path: Path) -> Iterator[Prediction]:
-    """Predictions of a file. Raises ValueError naming file and line of a broken record."""
+    """Predictions of a file. Raises EvaluationError naming file and line of a broken record."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
                 yield Prediction(**(record | {"masks": tuple(record["masks"])}))
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
+                raise EvaluationError(
                     f"{path}, line {number}: not a prediction ({error}); run the stage evaluate again"
                 ) from None
