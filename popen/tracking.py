@@ -163,6 +163,11 @@ class Tracker:
             self._pause = 0.0
         except (OSError, MlflowException, SQLAlchemyError) as error:
             if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
+                # Forget the culprit, or it would be refused again at each later try.
+                if self._tasks:
+                    self._tasks.pop(0)
+                else:
+                    del self._metrics[:_BATCH]
                 raise
             self._pause = min(max(1.0, 2 * self._pause, 10 * (time.monotonic() - began)), _LONGEST_PAUSE)
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,87 @@
+"""params.yaml is complete, and what does not fit is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from popen.params import ParamsError, load
+
+PARAMS = Path(__file__).parents[1] / "params.yaml"
+
+
+def test_the_committed_file_fits() -> None:
+    params = load(PARAMS)
+    raw = yaml.safe_load(PARAMS.read_text())
+    assert params.sft.train.steps == raw["sft"]["train"]["steps"]
+    assert params.model_dump(mode="json", exclude_unset=True).keys() == raw.keys()
+    assert set(params.benchmarks) <= params.data.splits.keys()
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(params, "seed", 1)  # noqa: B010
+
+
+def _unknown(raw: Any) -> None:
+    raw["align"]["gama"] = 2.0
+
+
+def _unknown_at_the_top(raw: Any) -> None:
+    raw["sftt"] = {}
+
+
+def _missing(raw: Any) -> None:
+    del raw["sft"]["train"]["lr"]
+
+
+def _wrong_type(raw: Any) -> None:
+    raw["scenes"]["train"] = "many"
+
+
+def _out_of_range(raw: Any) -> None:
+    raw["contract"]["tolerated"] = 1.5
+
+
+def _not_a_choice(raw: Any) -> None:
+    raw["ensemble"]["mode"] = "median"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "key", "problem"),
+    [
+        (_unknown, "align.gama", "Extra inputs are not permitted"),
+        (_unknown_at_the_top, "sftt", "Extra inputs are not permitted"),
+        (_missing, "sft.train.lr", "Field required"),
+        (_wrong_type, "scenes.train", "valid integer"),
+        (_out_of_range, "contract.tolerated", "less than or equal to 1"),
+        (_not_a_choice, "ensemble.mode", "'attention', 'mean'"),
+    ],
+)
+def test_a_bad_key_is_refused_by_name(
+    tmp_path: Path, spoil: Callable[[Any], None], key: str, problem: str
+) -> None:
+    raw = yaml.safe_load(PARAMS.read_text())
+    spoil(raw)
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ParamsError) as caught:
+        load(path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{path} does not fit:"
+    assert len(lines) == 2
+    assert lines[1].startswith(f"  {key}: ")
+    assert problem in lines[1]
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"params\.yaml: no such file; run inside a clone"):
+        load(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("a: [1")
+    with pytest.raises(ParamsError, match="is not valid YAML"):
+        load(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("")
+    with pytest.raises(ParamsError, match="does not fit"):
+        load(tmp_path / "params.yaml")
