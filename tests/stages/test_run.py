@@ -58,7 +58,7 @@ def test_a_stage_runs_in_the_root_with_parameters_and_leaves_its_curves(
     (clone / "data.dvc").write_text("outs:\n- {path: data, md5: abc.dir}\n")
     with stage("evaluate@refcoco+-popen") as run:
         assert Path.cwd() == run.root == run.home == clone
-        assert run.params == load(PARAMS)
+        assert run.params == load(clone / "params.yaml")
         assert os.environ["HF_HUB_OFFLINE"] == "1"
         assert os.environ["GX_ANALYTICS_ENABLED"] == "false"
         for step in (20, 10):
@@ -82,7 +82,7 @@ def test_a_stage_runs_in_the_root_with_parameters_and_leaves_its_curves(
     kept = recorded(clone, "evaluate@refcoco+-popen")
     assert kept.info.status == "FINISHED"
     assert kept.data.metrics == {"a": 20.0, "b": 5.0, "final": 7.0}
-    assert kept.data.params["sft.train.lr"] == str(load(PARAMS).sft.train.lr)
+    assert kept.data.params["sft.train.lr"] == str(load(clone / "params.yaml").sft.train.lr)
     assert kept.data.tags["data"] == "abc.dir"
     assert kept.inputs.dataset_inputs[0].dataset.digest == "abc.dir"
 
