@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from popen.data import tree
 from popen.data.contract_suite import Expectation, run
-from popen.data.contract_tables import ImageFact, Tables
+from popen.data.contract_tables import ImageFact, Leak, Tables
 from popen.data.images import ImageError, digest, locate, open_image
 from popen.data.records import Broken
 from popen.params import ContractParams
@@ -96,11 +96,10 @@ def validate(
     roles, unread = _read(root, splits)
     paths = sorted({sample.image for samples in roles.values() for sample in samples})
     images = inspect_images(root, paths, max_pixels)
-    tables = Tables(roles, images, unread)
+    tables = Tables(roles, images, leaks(roles, images, splits), unread)
     expectations = run(tables, contract)
     broken = list(dict.fromkeys([*unread, *(item for e in expectations for item in tables.broken(e))]))
     bad = {f"{item.file}#{item.record}" for item in broken}
-    failures = leaks(roles, images, splits) + [text for e in expectations for text in tables.failures(e)]
     report = Report(
         splits={role: list(specs) for role, specs in splits.items()},
         samples={
@@ -109,7 +108,7 @@ def validate(
         },
         broken=broken,
         expectations=expectations,
-        failures=failures,
+        failures=[text for expectation in expectations for text in tables.failures(expectation)],
         records=len({s.source for samples in roles.values() for s in samples}) + len(unread),
         tolerated=contract.tolerated,
     )
@@ -151,9 +150,10 @@ def leaks(
     roles: Mapping[str, Iterable[Sample]],
     images: Mapping[str, ImageFact],
     splits: Mapping[str, Sequence[str]],
-) -> list[str]:
-    """Images that are in two roles and must not be, by content, so that a copy counts as well.
+) -> list[list[Leak]]:
+    """For each photograph, the pairs of roles that it is in and must not be in.
 
+    Photographs are told apart by their content, so that a copy under another name counts as well.
     train, preference and val share with no role. Benchmarks may share with each other (RefCOCO and
     MUSE draw on the same photographs), and a benchmark made of val's own splits with val.
     """
@@ -163,15 +163,9 @@ def leaks(
         for sample in samples:
             if images[sample.image].digest:
                 where[images[sample.image].digest][role] = sample.image
-    shared: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for found in where.values():
-        ordered = [role for role in FITTED if role in found] + sorted(found.keys() - set(FITTED))
-        for a, b in combinations(ordered, 2):
-            of_val = a == "val" and base[b] <= base["val"]
-            if a in FITTED and not of_val:
-                shared[a, b].append(found[b])
-    return [
-        f"{len(paths)} images are in both '{a}' and '{b}', among them {', '.join(sorted(paths)[:3])}; "
-        "take other splits or parts of them in data.splits"
-        for (a, b), paths in shared.items()
-    ]
+    found = []
+    for paths in where.values():
+        ordered = [role for role in FITTED if role in paths] + sorted(paths.keys() - set(FITTED))
+        pairs = [(a, b) for a, b in combinations(ordered, 2) if a in FITTED]
+        found.append([Leak(a, b, paths[b]) for a, b in pairs if not (a == "val" and base[b] <= base[a])])
+    return found

@@ -44,6 +44,7 @@ def suite(contract: ContractParams, known: list[str]) -> dict[str, list[Any]]:
     return {
         "records": [empty(column="rule", **rule("every record can be read"))],
         "images": [empty(column="error", **rule("every image is readable and within limits"))],
+        "photographs": [empty(column="leak", **rule("no photograph is in two roles that must not share"))],
         "samples": [
             gxe.ExpectCompoundColumnsToBeUnique(
                 column_list=["role", "uid"], **rule("ids are unique within a role")

@@ -26,11 +26,21 @@ class ImageFact:
     error: str | None
 
 
+@dataclass(frozen=True)
+class Leak:
+    """A photograph in two roles that must not share one; `image` is its path in the second."""
+
+    role: str
+    other: str
+    image: str
+
+
 class Tables:
-    """One table a level: records, images, samples, targets, roles. Rows are numbered from 0.
+    """One table a level: records, images, photographs, samples, targets, roles; rows count from 0.
 
     records: rule (null: the record could be read)
     images:  image, error (null: usable)
+    photographs: leak (null: in no two roles that must not share it); copies of an image are one
     samples: role, uid, question, answer, marks, targets, height, width, image_height, image_width
     targets: name, category (both null where the layout has none), area, height, width,
              mask_height, mask_width
@@ -38,8 +48,13 @@ class Tables:
     """
 
     def __init__(
-        self, roles: Mapping[str, Sequence[Sample]], images: Mapping[str, ImageFact], unread: Sequence[Broken]
+        self,
+        roles: Mapping[str, Sequence[Sample]],
+        images: Mapping[str, ImageFact],
+        leaks: Sequence[Sequence[Leak]],
+        unread: Sequence[Broken],
     ) -> None:
+        self._leaks = leaks
         self._samples = [(role, sample) for role, samples in roles.items() for sample in samples]
         self._targets = [(sample, target) for _, sample in self._samples for target in sample.targets]
         self._users: dict[str, list[Sample]] = {path: [] for path in images}
@@ -49,6 +64,7 @@ class Tables:
         self.frames = {
             "records": self._records(unread),
             "images": self._images(images),
+            "photographs": _frame({"leak": [", ".join(map(_words, pairs)) or None for pairs in leaks]}),
             "samples": self._sample_table(images),
             "targets": self._target_table(),
             "roles": self._role_table(roles),
@@ -70,12 +86,19 @@ class Tables:
         return out
 
     def failures(self, expectation: Expectation) -> list[str]:
-        """Messages for the rows of the table of roles that an expectation refused."""
-        if expectation.table != "roles":
+        """Messages for the rows that an expectation about photographs or roles refused."""
+        if expectation.table == "roles":
+            names = self.frames["roles"]["role"]
+            return [f"role '{names[row]}' breaks the rule: {expectation.name}" for row in expectation.rows]
+        if expectation.table != "photographs":
             return []
+        shared: dict[tuple[str, str], list[str]] = {}
+        for leak in (leak for row in expectation.rows for leak in self._leaks[row]):
+            shared.setdefault((leak.role, leak.other), []).append(leak.image)
         return [
-            f"role '{self.frames['roles']['role'][row]}' breaks the rule: {expectation.name}"
-            for row in expectation.rows
+            f"{len(paths)} images are in both '{a}' and '{b}', among them {', '.join(sorted(paths)[:3])}; "
+            "take other splits or parts of them in data.splits"
+            for (a, b), paths in shared.items()
         ]
 
     def _records(self, unread: Sequence[Broken]) -> pd.DataFrame:
@@ -133,6 +156,10 @@ def _frame(columns: Mapping[str, Sequence[object]]) -> pd.DataFrame:
     frame = pd.DataFrame({name: list(values) for name, values in columns.items()})
     frame["row"] = range(len(frame))
     return frame
+
+
+def _words(leak: Leak) -> str:
+    return f"{leak.image} in {leak.role} and {leak.other}"
 
 
 def _quarantine(sample: Sample, rule: str) -> Broken:

@@ -196,6 +196,7 @@ def test_a_copy_of_an_image_in_two_roles_stops_whatever_is_tolerated(
     shutil.copy(tmp_path / MSCOCO / "train2014/1.png", tmp_path / MSCOCO / "train2014/v.png")
     error = refusal(tmp_path, splits, STRICT.model_copy(update={"tolerated": 1.0}))
     (failure,) = error.report.failures
+    assert named(error.report, "no photograph is in two roles").unexpected == 1
     assert f"1 images are in both {pair}, among them {MSCOCO}/train2014/v.png" in failure
     assert failure in str(error)
 
