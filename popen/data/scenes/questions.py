@@ -82,7 +82,7 @@ def ask(
     With `least` 1, a few have no target at all.
     """
     pool: dict[str, list[Question]] = {}
-    for question in [*_facts(scene), *_relations(scene), *_listings(scene, rng)]:
+    for question in possible(scene, rng):
         if least <= len(question.targets) <= most:
             pool.setdefault(question.kind, []).append(question)
     chosen: list[Asked] = []
@@ -105,6 +105,11 @@ def ask(
             weights[kind] *= 0.3
             chosen.append(_word(question, rng))
     return chosen
+
+
+def possible(scene: Scene, rng: np.random.Generator) -> list[Question]:
+    """Every question there is about a scene; chance only picks the absent things that lists ask for."""
+    return [*_facts(scene), *_relations(scene), *_listings(scene, rng)]
 
 
 def _word(question: Question, rng: np.random.Generator) -> Asked:
