@@ -83,9 +83,9 @@ def paint(image: Image.Image, masks: Sequence[Mask], size: int = 320) -> Image.I
         outside = ~np.any(shapes, axis=0)
         grey = canvas.mean(axis=2, keepdims=True)
         canvas[outside] = (0.7 * canvas + 0.2 * grey + 0.1 * 255)[outside]  # the rest steps back a little
-    width = max(2, round(size / 110)) * _SCALE // 2
+    width = max(2, round(size / 80)) * _SCALE // 2
     for index, shape in enumerate(shapes):
-        canvas[shape] = 0.6 * canvas[shape] + 0.4 * np.array(colour(index), dtype=np.float32)
+        canvas[shape] = 0.72 * canvas[shape] + 0.28 * np.array(colour(index), dtype=np.float32)
     for index, shape in enumerate(shapes):
         halo = binary_dilation(shape, iterations=_SCALE) & ~shape
         canvas[halo] = 0.15 * canvas[halo] + 0.85 * 255

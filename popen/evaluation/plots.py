@@ -172,23 +172,29 @@ def curves(series: Mapping[str, DataFrame], names: Sequence[str]) -> Figure:
     return figure
 
 
-def ensemble(points: Sequence[Mapping[str, float]]) -> Figure:
-    """Quality, hallucination and time of a question against the number of members."""
+def ensemble(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Quality, hallucination and time of a question against the number of members, a line a mode.
+
+    Points have the keys members, mode, seconds, gIoU_matched and chair_s.
+    """
     panels = (
         ("gIoU_matched", title("gIoU_matched"), 100.0, "%"),
         ("chair_s", title("chair_s"), 100.0, "%"),
         ("seconds", "time of a question", 1.0, "seconds"),
     )
     ordered = sorted(points, key=lambda point: point["members"])
-    members = [point["members"] for point in ordered]
+    sizes = sorted({point["members"] for point in points})
     with matplotlib.rc_context(STYLE):
         figure, axes = _grid(3, 3, 3.2, 2.4)
-        for axis, (key, name, factor, unit), ink in zip(axes, panels, ("C2", "C3", "C0"), strict=True):
-            axis.plot(members, [factor * point[key] for point in ordered], "o-", color=ink)
+        for axis, (key, name, factor, unit) in zip(axes, panels, strict=True):
+            for number, mode in enumerate(dict.fromkeys(point["mode"] for point in points)):
+                line = [(point["members"], factor * point[key]) for point in ordered if point["mode"] == mode]
+                axis.plot(*zip(*line, strict=True), "o-", label=mode, color=f"C{number}")
             axis.set_title(name, loc="left")
             axis.set_xscale("log", base=2)
-            axis.set_xticks(members, [f"{member:g}" for member in members])
+            axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
             axis.minorticks_off()
             axis.set_xlabel("members")
             axis.set_ylabel(unit)
+        _legend(figure, axes[0])
     return figure

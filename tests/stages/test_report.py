@@ -97,7 +97,10 @@ def project(tmp_path_factory: pytest.TempPathFactory, settings: Params) -> Path:
     curves.mkdir()
     (curves / "sft.csv").write_text("step,name,value\n1,loss,2.0\n2,loss,1.0\n")
     (curves / "align_coarse.csv").write_text("step,name,value\n1,loss,0.5\n1,rewards_t/margins,0.1\n")
-    points = [{"members": m, "seconds": 0.1 * m, "gIoU_matched": 0.6, "chair_s": 0.1} for m in (1, 2, 4)]
+    points = [
+        {"members": m, "mode": "mean", "seconds": 0.1 * m, "gIoU_matched": 0.6, "chair_s": 0.1}
+        for m in (1, 2, 4)
+    ]
     (root / "metrics/ensemble.json").write_text(json.dumps(points))
     return root
 
