@@ -62,18 +62,20 @@ def visible(cutouts: list[Cutout], size: int) -> list[Mask]:
     covered = np.zeros_like(cutouts[0].silhouette)
     masks = []
     for cutout in reversed(cutouts):
-        masks.append(_share(cutout.silhouette & ~covered, size) > 0.5)
+        masks.append(_mostly(cutout.silhouette & ~covered, size))
         covered |= cutout.silhouette
     return masks[::-1]
 
 
 def whole(cutout: Cutout, size: int) -> Mask:
     """The thing's mask if nothing lay on it."""
-    return _share(cutout.silhouette, size) > 0.5
+    return _mostly(cutout.silhouette, size)
 
 
-def _share(mask: Mask, size: int) -> NDArray[np.float64]:
-    return np.asarray(mask.reshape(size, SUPER, size, SUPER).mean(axis=(1, 3)))
+def _mostly(mask: Mask, size: int) -> Mask:
+    """Pixels of which more than half of the subpixels are set."""
+    rows = mask.view(np.uint8).reshape(size, SUPER, -1).sum(axis=1, dtype=np.uint8)
+    return np.asarray(rows.reshape(size, size, SUPER).sum(axis=2) > SUPER**2 / 2)
 
 
 def paint(table: Picture, cutouts: list[Cutout], light: Light) -> Image.Image:

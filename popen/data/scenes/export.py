@@ -91,7 +91,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    picture.save(path, "JPEG", quality=86, subsampling=0, optimize=True)
+    picture.save(path, "JPEG", quality=85, subsampling=0, optimize=True)
 
 
 def _coco_name(split: str, number: int) -> str:
@@ -123,7 +123,7 @@ def _draw_muse(root: Path, params: ScenesParams, split: str, number: int) -> Dra
     scene = _scene(params, split, number)
     words, spoiler = _generators(params, split, number)
     least, most = {"test_less": (1, 3), "test_many": (4, 6)}.get(split, (1, 6))
-    questions = ask(scene, words, 5 if split == "train" else 3, least, most)
+    questions = ask(scene, words, 4 if split == "train" else 3, least, most)
     references = _references(scene, split, number, words)
     masks: list[Mask] = [thing.mask for thing in scene.things]
     mentions = [truth(scene, question) for question in questions]
@@ -146,7 +146,7 @@ def _references(scene: Scene, split: str, number: int, rng: np.random.Generator)
     To save space, an image of the training split goes to one of them: half of them to RefCOCO.
     """
     found = []
-    things, sentences = (3, 2) if split == "train" else (2, 1)  # a picture, a thing
+    things, sentences = (2, 2) if split == "train" else (2, 1)  # a picture, a thing
     datasets = {"refcoco": by_place, "refcoco+": by_look, "refcocog": in_a_sentence}
     if split == "train":
         name = ("refcoco", "refcoco+", "refcoco", "refcocog")[number % 4]

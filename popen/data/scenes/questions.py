@@ -118,10 +118,14 @@ def _word(question: Question, rng: np.random.Generator) -> Asked:
 
 
 def _draw(scene: Scene, rng: np.random.Generator, questions: list[Question]) -> Question:
-    """One of the questions, sooner one whose targets have a twin in the picture."""
+    """One of the questions: sooner one with few targets, and one whose targets have a twin."""
     counts = scene.counts
+    twins = [np.mean([counts[scene.things[n].kind] > 1 for n in question.targets]) for question in questions]
     weights = np.array(
-        [0.4 + 1.6 * np.mean([counts[scene.things[t].kind] > 1 for t in q.targets]) for q in questions]
+        [
+            (0.4 + 1.6 * twin) / (1 + len(question.targets))
+            for question, twin in zip(questions, twins, strict=True)
+        ]
     )
     return questions[int(rng.choice(len(questions), p=weights / weights.sum()))]
 

@@ -31,13 +31,13 @@ def test_a_point_turns_clockwise_on_a_screen() -> None:
     assert moved(right, 2, 90, 5, 5)[0] == pytest.approx((5.0, 7.0))  # y points down
 
 
-def square(x: float, y: float, side: float = 8) -> list[Part]:
+def square() -> list[Part]:
     return [Part(box(-0.5, -0.5, 0.5, 0.5), (200.0, 30.0, 30.0), 0.5)]
 
 
 def test_what_lies_on_top_hides_what_is_below() -> None:
-    below = cut_out(square(0, 0), 32, 8, 0, 12, 12)
-    above = cut_out(square(0, 0), 32, 8, 0, 16, 12)
+    below = cut_out(square(), 32, 8, 0, 12, 12)
+    above = cut_out(square(), 32, 8, 0, 16, 12)
     masks = visible([below, above], 32)
     assert np.count_nonzero(whole(below, 32)) == pytest.approx(64, abs=9)
     assert np.count_nonzero(masks[0]) == pytest.approx(32, abs=9)
@@ -47,13 +47,13 @@ def test_what_lies_on_top_hides_what_is_below() -> None:
 
 def test_a_mark_never_widens_the_silhouette() -> None:
     wide = Part(box(-2, -0.1, 2, 0.1), (0.0, 0.0, 0.0), 0, mark=True)
-    plain, marked = (cut_out(parts, 32, 8, 0, 16, 16) for parts in (square(0, 0), [*square(0, 0), wide]))
+    plain, marked = (cut_out(parts, 32, 8, 0, 16, 16) for parts in (square(), [*square(), wide]))
     assert np.array_equal(plain.silhouette, marked.silhouette)
 
 
 def test_a_thing_is_painted_where_its_mask_is() -> None:
     table = draw_table(np.random.default_rng(0), (62, 70, 102), "cloth", 32 * SUPER)
-    cutout = cut_out(square(0, 0), 32, 10, 0, 16, 16)
+    cutout = cut_out(square(), 32, 10, 0, 16, 16)
     picture = np.asarray(paint(table, [cutout], LIGHT)).astype(int)
     red = picture[..., 0] - picture[..., 2] > 20
     assert iou(red, whole(cutout, 32)) > 0.85
