@@ -14,7 +14,7 @@ from popen.errors import explain
 if TYPE_CHECKING:
     from popen.evaluation.prediction import Prediction
 
-MODEL = Path("artifacts/align/fine")
+MODEL = Path("artifacts/models/popen+ensemble")
 MAX_PIXELS = 40_000_000  # as `data.max_pixels` of the pipeline
 
 app = typer.Typer(
@@ -83,7 +83,7 @@ def predict(
         raise UsageError(
             'the question is empty; ask one, for example "Where is the second cup from the left?"'
         )
-    if not (model / "config.json").is_file():
+    if not any((model / name).is_file() for name in ("settings.json", "config.json")):
         raise UsageError(f"{model}: no model there; run `make repro` first or name another one with --model")
     path = image.resolve()
     opened = open_image(path.parent, path.name, MAX_PIXELS)
@@ -93,9 +93,9 @@ def predict(
         if not file.parent.is_dir():
             raise UsageError(f"{file}: the folder {file.parent} does not exist; make it first")
 
-    from popen.predict import predict as answer
+    from popen.predict import Predictor
 
-    prediction = answer(model, opened, question, members=ensemble, threshold=threshold)
+    prediction = Predictor(model)(opened, question, ensemble, threshold)
 
     from popen.evaluation.overlay import overlay
     from popen.masks import decode

@@ -49,15 +49,15 @@ class ContractParams(Group):
 
 
 class VisionParams(Group):
-    name: str  # an open_clip model ("ViT-L-14-336"), or "custom": a tower from the numbers below
+    name: str  # an open_clip model ("ViT-L-14-336"), or "timm:resnet10t": a tower of that shape, untrained
     pretrained: str  # open_clip tag ("openai") or a file; empty: `pretrain_vision` trains it
     image_size: Positive
-    patch_size: Positive
-    width: Positive
-    layers: Positive
-    heads: Positive
-    levels: list[int]  # blocks whose features the decoder sees, coarse to fine (negative: from the end)
-    shuffle: Positive  # image tokens given to the LM: shuffle x shuffle patches become one
+    levels: list[Annotated[int, Field(ge=0)]]  # intermediate features that the decoder sees, coarse to fine (ViT: blocks)
+    shuffle: Positive  # image tokens given to the LM: shuffle x shuffle places become one token
+
+    @property
+    def untrained(self) -> bool:
+        return not self.pretrained
 
 
 class LanguageParams(Group):
@@ -142,8 +142,7 @@ class AlignParams(Group):
     mask: float  # weight of L_s
     mask_form: Literal["embedding", "mask"]
     beta_s: float
-    anchor: float
-    anchor_data: Literal["chosen", "sft"]
+    anchor: float  # of the SFT loss on the corrected answers and their masks
 
 
 class CalibrateParams(Group):

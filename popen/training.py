@@ -72,7 +72,9 @@ def train(
         lr=params.lr,
         betas=(0.9, 0.95),
     )
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(params.warmup * params.steps), params.steps)
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, math.ceil(params.warmup * params.steps), params.steps
+    )
     accelerator.register_for_checkpointing(schedule)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     found: tuple[int, Path] | None = checkpoints.latest()
@@ -90,7 +92,9 @@ def train(
     loader = accelerator.prepare(loader)
     prepared.train()
     step, sums, count = done, dict[str, float](), 0
-    with tqdm(total=params.steps, initial=done, desc=name, unit="step", mininterval=2.0, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=params.steps, initial=done, desc=name, unit="step", mininterval=2.0, dynamic_ncols=True
+    ) as bar:
         for batch in loader:
             with accelerator.accumulate(prepared):
                 value, parts = loss(prepared, batch)

@@ -23,17 +23,7 @@ CATEGORIES = ["cup", "fork"]
 
 def mini_params() -> ModelParams:
     return ModelParams(
-        vision=VisionParams(
-            name="custom",
-            pretrained="",
-            image_size=32,
-            patch_size=4,
-            width=32,
-            layers=2,
-            heads=2,
-            levels=[-1, 0],
-            shuffle=2,
-        ),
+        vision=VisionParams(name="timm:test_resnet", pretrained="", image_size=32, levels=[2, 1], shuffle=1),
         language=LanguageParams(
             name="custom",
             vocab=300,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,15 @@ class Batch:
     def image_of_target(self) -> Tensor:
         return self.image_of_row[self.row_of_target]
 
+    def with_images(self, images: Tensor) -> Batch:
+        """The same rows about other pixels (B, 3, H, W): perturbed copies of the images."""
+        return replace(self, images=images)
+
+    def first_rows(self, count: int) -> Batch:
+        """The first `count` rows, which must hold every supervised target."""
+        rows = ("image_of_row", "input_ids", "attention_mask", "labels")
+        return replace(self, **{name: getattr(self, name)[:count] for name in rows})
+
     def to(self, device: torch.device | str) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
@@ -86,7 +95,9 @@ class Encoder:
         spelled = spell(" " + answer, self.codebook)
         return [*self.tokenizer.encode(spelled, add_special_tokens=False), self.tokenizer.eos_token_id]
 
-    def batch(self, images: Sequence[Image.Image], rows: Sequence[Row], dense: Sequence[Sample] = ()) -> Batch:
+    def batch(
+        self, images: Sequence[Image.Image], rows: Sequence[Row], dense: Sequence[Sample] = ()
+    ) -> Batch:
         """Encode. `dense`, one sample an image, asks for per-pixel labels made of its objects."""
         pixels = np.stack([image_array(image, self.size) for image in images])
         prompts = [self.prompt_ids(row.question) for row in rows]
@@ -109,7 +120,9 @@ class Encoder:
                 continue
             firsts = [start + i for i, token in enumerate(answer) if token == self.first_id]
             if len(firsts) != len(row.masks):
-                raise ValueError(f"{len(row.masks)} masks for an answer with {len(firsts)} targets: {row.answer!r}")
+                raise ValueError(
+                    f"{len(row.masks)} masks for an answer with {len(firsts)} targets: {row.answer!r}"
+                )
             keep = np.ones((self.size, self.size), dtype=bool)
             if row.ignore is not None:
                 keep = ~mask_array(row.ignore, self.size)

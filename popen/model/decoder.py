@@ -12,15 +12,27 @@ from popen.params import DecoderParams
 class Neck(nn.Module):
     """Tower levels [(B, width, h, w)] -> decoder features [(B, C, h, w)], with a learned place code."""
 
-    def __init__(self, levels: int, width_in: int, width: int, grid: int) -> None:
+    def __init__(self, widths: list[int], grids: list[int], width: int) -> None:
         super().__init__()
         self.levels = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width_in, width, 1), nn.GroupNorm(1, width)) for _ in range(levels)
+            nn.Sequential(nn.Conv2d(width_in, width, 1), nn.GroupNorm(1, width)) for width_in in widths
         )
-        self.place = nn.Parameter(torch.randn(1, width, grid, grid) * 0.02)
+        self.places = nn.ParameterList(torch.randn(1, width, grid, grid) * 0.02 for grid in grids)
+        self.smooth = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GELU()) for _ in widths
+        )
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        return [level(feature) + self.place for level, feature in zip(self.levels, features, strict=True)]
+        """From coarse to fine, each level with the coarser one added (a feature pyramid's top-down path)."""
+        out: list[Tensor] = []
+        for level, place, smooth, feature in zip(
+            self.levels, self.places, self.smooth, features, strict=True
+        ):
+            here = level(feature) + place
+            if out:
+                here = here + F.interpolate(out[-1], size=here.shape[-2:], mode="bilinear")
+            out.append(here + smooth(here))
+        return out
 
 
 class TwoWay(nn.Module):
@@ -29,8 +41,14 @@ class TwoWay(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm_tokens, self.norm_pixels, self.norm_mlp, self.norm_back = (nn.LayerNorm(width) for _ in range(4))
-        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.norm_tokens, self.norm_pixels, self.norm_mlp, self.norm_back = (
+            nn.LayerNorm(width) for _ in range(4)
+        )
+        self.q, self.kv, self.out = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
         self.q_back, self.kv_back = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.out_back = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
@@ -38,7 +56,9 @@ class TwoWay(nn.Module):
     def _attend(self, q: Tensor, kv: Tensor) -> Tensor:
         n, length, width = q.shape
         key, value = kv.chunk(2, dim=-1)
-        q, key, value = (x.view(n, -1, self.heads, width // self.heads).transpose(1, 2) for x in (q, key, value))
+        q, key, value = (
+            x.view(n, -1, self.heads, width // self.heads).transpose(1, 2) for x in (q, key, value)
+        )
         return F.scaled_dot_product_attention(q, key, value).transpose(1, 2).reshape(n, length, width)
 
     def forward(self, tokens: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +112,9 @@ class PixelDecoder(nn.Module):
         self.detail = params.detail
         if params.detail:
             d = params.detail
-            self.stem = nn.Sequential(nn.Conv2d(3, d, 3, padding=1), nn.GELU(), nn.Conv2d(d, d, 3, padding=1), nn.GELU())
+            self.stem = nn.Sequential(
+                nn.Conv2d(3, d, 3, padding=1), nn.GELU(), nn.Conv2d(d, d, 3, padding=1), nn.GELU()
+            )
             self.select = nn.Linear(2 * params.width, d)
             self.sharpen = nn.Sequential(
                 nn.Conv2d(d + 1, d, 3, padding=1), nn.GELU(), nn.Conv2d(d, 1, 3, padding=1)
@@ -100,18 +122,21 @@ class PixelDecoder(nn.Module):
 
     def forward(self, embeddings: Tensor, features: list[Tensor], images: Tensor, image_of: Tensor) -> Tensor:
         """embeddings (N, S, C), features [(B, C, h, w)], images (B, 3, H, W), image_of (N,) -> (N, H, W)."""
-        total: Tensor | None = None
-        mask: Tensor | None = None
+        masks: list[Tensor] = []
         refined = embeddings[:, 0]
         for index, scale in enumerate(self.scales):
             pixels = features[index][image_of]
-            if mask is not None:
-                guide = F.interpolate(mask[:, None], size=pixels.shape[-2:], mode="bilinear", antialias=False)
+            if masks:
+                guide = F.interpolate(masks[-1], size=pixels.shape[-2:], mode="bilinear")
                 pixels = pixels * (1 + guide.sigmoid())
             mask, refined = scale(embeddings[:, index], pixels)
-            total = self.weights[index] * mask if total is None else total + self.weights[index] * mask
-        assert total is not None
-        logits = F.interpolate(total[:, None] + self.bias, size=(self.size, self.size), mode="bilinear")
+            masks.append(mask[:, None])
+        finest = masks[-1].shape[-2:]
+        total = self.bias + sum(
+            weight * F.interpolate(mask, size=finest, mode="bilinear")
+            for weight, mask in zip(self.weights, masks, strict=True)
+        )
+        logits = F.interpolate(total, size=(self.size, self.size), mode="bilinear")
         if self.detail:
             detail = self.stem(images)[image_of] * self.select(refined)[:, :, None, None]
             logits = logits + self.sharpen(torch.cat([logits, detail], dim=1))

@@ -61,7 +61,9 @@ def dense_labels(objects: Sequence[Region], categories: Sequence[str], size: int
 def dense_head(width: int, categories: int) -> nn.Sequential:
     """Features (B, C, h, w) -> logits (B, 1 + categories, 2h, 2w)."""
     return nn.Sequential(
-        nn.ConvTranspose2d(width, width // 2, 2, stride=2), nn.GELU(), nn.Conv2d(width // 2, 1 + categories, 1)
+        nn.ConvTranspose2d(width, width // 2, 2, stride=2),
+        nn.GELU(),
+        nn.Conv2d(width // 2, 1 + categories, 1),
     )
 
 
@@ -97,12 +99,12 @@ class DenseTower(nn.Module):
     def __init__(self, params: ModelParams, categories: Sequence[str]) -> None:
         super().__init__()
         self.tower = Tower(params.vision)
-        self.neck = Neck(len(params.vision.levels), self.tower.width, params.decoder.width, self.tower.grid)
+        self.neck = Neck(self.tower.widths, self.tower.grids, params.decoder.width)
         self.dense = dense_head(params.decoder.width, len(categories))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, 1 + categories, h, w)."""
-        return self.dense(self.neck(self.tower(images))[0])
+        return self.dense(self.neck(self.tower(images))[-1])
 
 
 @torch.no_grad()

@@ -114,7 +114,9 @@ def _answers(
         embeddings = model.codebook(torch.stack(chosen).float().view(shape))
     else:
         embeddings = torch.zeros((0, model.codebook.scales, model.params.decoder.width), device=model.device)
-    masks = model.decode(embeddings, features, pixels, torch.tensor(image_of, dtype=torch.long, device=model.device))
+    masks = model.decode(
+        embeddings, features, pixels, torch.tensor(image_of, dtype=torch.long, device=model.device)
+    )
     per_row = zip(texts, ids, means, embeddings.split(counts), masks.split(counts), strict=True)
     return [Answer(*fields) for fields in per_row]
 

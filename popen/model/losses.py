@@ -43,7 +43,9 @@ def bce(logits: Tensor, masks: Tensor, weights: Tensor) -> Tensor:
 def contested(logits: Tensor, row_of_target: Tensor, rows: int) -> Tensor:
     """Pixels that two or more targets of the same row claim, (N, H, W) -> float (N, H, W)."""
     claims = (logits.detach() > 0).float()
-    per_row = torch.zeros((rows, *claims.shape[1:]), device=claims.device).index_add_(0, row_of_target, claims)
+    per_row = torch.zeros((rows, *claims.shape[1:]), device=claims.device).index_add_(
+        0, row_of_target, claims
+    )
     return (per_row >= 2).float()[row_of_target]
 
 

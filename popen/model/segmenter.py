@@ -27,7 +27,9 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Output:
-    logits: Tensor  # (A, V): one row a token of the answers, in reading order; the A labels that are not IGNORED
+    logits: (
+        Tensor  # (A, V): one row a token of the answers, in reading order; the A labels that are not IGNORED
+    )
     embeddings: Tensor  # (N, S, C)
     masks: Tensor  # (N, H, W) logits
     dense: Tensor | None  # (B, 1 + categories, h, w) logits
@@ -55,7 +57,9 @@ class Segmenter(nn.Module):
         pretrained: load the weights of a named LM (False: a saved state follows).
     """
 
-    def __init__(self, params: ModelParams, tokenizer: Any, categories: list[str], pretrained: bool = True) -> None:
+    def __init__(
+        self, params: ModelParams, tokenizer: Any, categories: list[str], pretrained: bool = True
+    ) -> None:
         super().__init__()
         self.params, self.tokenizer, self.categories = params, tokenizer, categories
         scales, width = len(params.vision.levels), params.decoder.width
@@ -66,13 +70,17 @@ class Segmenter(nn.Module):
             params.language, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, pretrained
         )
         hidden = self.language.get_input_embeddings().embedding_dim
-        self.projector = Projector(self.tower.width, params.vision.shuffle, hidden)
+        self.projector = Projector(self.tower.widths[0], params.vision.shuffle, hidden)
         self.codebook = Codebook(scales, params.decoder.tokens, hidden, width)
-        self.neck = Neck(scales, self.tower.width, width, self.tower.grid)
+        self.neck = Neck(self.tower.widths, self.tower.grids, width)
         self.decoder = PixelDecoder(params.decoder, scales, params.vision.image_size)
         self.dense = dense_head(width, len(categories))
         self.encoder = Encoder(
-            tokenizer, names, (self.tower.grid // params.vision.shuffle) ** 2, params.vision.image_size, categories
+            tokenizer,
+            names,
+            (self.tower.grids[0] // params.vision.shuffle) ** 2,
+            params.vision.image_size,
+            categories,
         )
 
     @property
@@ -122,17 +130,19 @@ class Segmenter(nn.Module):
             logits=self.causal.lm_head(hidden[:, :-1][batch.answered]),
             embeddings=embeddings,
             masks=self.decode(embeddings, features, batch.images, batch.image_of_target),
-            dense=None if batch.dense is None else self.dense(self.neck(features)[0]),
+            dense=None if batch.dense is None else self.dense(self.neck(features)[-1]),
         )
 
     # -- saving: what a named base model provides and nothing trains is not written again
 
     def _kept(self) -> dict[str, Tensor]:
         frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        named = (self.params.language.name != "custom", self.params.vision.name != "custom")
+        named = (self.params.language.name != "custom", not self.params.vision.untrained)
         kept, seen = {}, set[int]()
         for name, tensor in self.state_dict().items():
-            from_base = (name.startswith("language.") and named[0]) or (name.startswith("tower.") and named[1])
+            from_base = (name.startswith("language.") and named[0]) or (
+                name.startswith("tower.") and named[1]
+            )
             if (from_base and name in frozen) or tensor.data_ptr() in seen:
                 continue
             seen.add(tensor.data_ptr())
@@ -151,18 +161,24 @@ class Segmenter(nn.Module):
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote. Raises ModelError for a missing, broken or unfitting file."""
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder}: no model here (config.json is missing); run `make repro` or pass --model")
+            raise ModelError(
+                f"{folder}: no model here (config.json is missing); run `make repro` or pass --model"
+            )
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         params = ModelParams.model_validate(config["model"])
         model = cls(params, load_tokenizer(folder), config["categories"])
         try:
             state = load_file(folder / "model.safetensors")
         except Exception as error:
-            raise ModelError(f"{folder / 'model.safetensors'} cannot be read ({error}); train it again") from error
+            raise ModelError(
+                f"{folder / 'model.safetensors'} cannot be read ({error}); train it again"
+            ) from error
         expected = model._kept()
         if set(state) != set(expected):
             odd = sorted(set(state) ^ set(expected))[:5]
-            raise ModelError(f"{folder / 'model.safetensors'} does not fit config.json; keys that differ: {odd}")
+            raise ModelError(
+                f"{folder / 'model.safetensors'} does not fit config.json; keys that differ: {odd}"
+            )
         try:
             model.load_state_dict(state, strict=False)
         except RuntimeError as error:

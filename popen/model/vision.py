@@ -1,8 +1,8 @@
-"""Vision tower: an open_clip ViT whose blocks give the features of several levels."""
+"""Vision tower: an open_clip image encoder whose intermediate features make the levels."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from popen.params import VisionParams
 # OpenAI CLIP's normalisation of images in [0, 1]; used for towers of our own too.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+OWN = "timm:"  # prefix of a tower that starts untrained
 
 
 class Tower(nn.Module):
@@ -22,37 +23,40 @@ class Tower(nn.Module):
 
     def __init__(self, params: VisionParams) -> None:
         super().__init__()
-        self.vit: Any = _build_vit(params)
-        blocks = len(self.vit.transformer.resblocks)
-        self.levels = [level % blocks for level in params.levels]
-        self.width = int(self.vit.conv1.out_channels)
-        self.grid = params.image_size // int(self.vit.patch_size[0])
+        self.net: Any = _build(params)
+        self.levels = params.levels
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
-        self.vit.prune_intermediate_layers(self.levels, prune_norm=True)  # what no level needs would never train
+        with torch.no_grad():
+            probe = self.eval()(torch.zeros(1, 3, params.image_size, params.image_size))
+        self.widths = [level.shape[1] for level in probe]
+        self.grids = [level.shape[-1] for level in probe]
+
+    def train(self, mode: bool = True) -> Self:
+        """A frozen tower stays in evaluation mode: its batch statistics are frozen with its weights."""
+        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        output = self.vit.forward_intermediates(
-            (images - self.mean) / self.std, indices=self.levels, stop_early=True, intermediates_only=True
+        order = sorted(set(self.levels))
+        output = self.net.forward_intermediates(
+            (images - self.mean) / self.std, indices=order, stop_early=True, intermediates_only=True
         )
-        by_depth = dict(zip(sorted(set(self.levels)), output["image_intermediates"], strict=True))
-        return [by_depth[level] for level in self.levels]
+        by_level = dict(zip(order, output["image_intermediates"], strict=True))
+        return [by_level[level] for level in self.levels]
 
 
-def _build_vit(params: VisionParams) -> nn.Module:
+def _build(params: VisionParams) -> nn.Module:
+    """The image encoder, cut down to what the levels need (what none needs would never train)."""
     import open_clip  # 4 s of imports: only where a tower is built
-    from open_clip.transformer import VisionTransformer
+    from open_clip.timm_model import TimmModel
 
-    if params.name == "custom":
-        return VisionTransformer(
-            image_size=params.image_size,
-            patch_size=params.patch_size,
-            width=params.width,
-            layers=params.layers,
-            heads=params.heads,
-            mlp_ratio=3.0,
-            output_dim=params.width,
+    if params.name.startswith(OWN):
+        net = TimmModel(
+            params.name.removeprefix(OWN), embed_dim=1, image_size=params.image_size, pool="avg", proj="linear"
         )
+        net.trunk.prune_intermediate_layers(params.levels, prune_head=True)
+        net.head = nn.Identity()
+        return net
     model = open_clip.create_model(
         params.name,
         pretrained=params.pretrained or None,
@@ -60,4 +64,6 @@ def _build_vit(params: VisionParams) -> nn.Module:
         force_quick_gelu=params.pretrained == "openai",
         require_pretrained=bool(params.pretrained),
     )
-    return cast(nn.Module, model.visual)
+    visual = cast(Any, model.visual)
+    visual.prune_intermediate_layers(params.levels, prune_norm=True)
+    return cast(nn.Module, visual)

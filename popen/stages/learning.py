@@ -17,11 +17,15 @@ from popen.model.batches import Batch, Row
 from popen.model.losses import sft_loss
 from popen.model.segmenter import Segmenter
 from popen.params import SftWeights, TrainParams
+from popen.preference.records import TextPair
 from popen.samples import Sample, read_index
 from popen.stages.run import Run
 from popen.training import Loss, train
 
 INDEX = Path("artifacts/index")
+MODELS = Path("artifacts/models")
+PREFERENCES = Path("artifacts/preferences")
+TEXT_PAIRS = PREFERENCES / "text.jsonl"
 
 
 def samples(role: str) -> list[Sample]:
@@ -34,6 +38,11 @@ def sample_row(sample: Sample, image: int) -> Row:
     masks = [decode(target.rle) for target in sample.targets]
     ignore = None if sample.ignore is None else decode(sample.ignore)
     return Row(image, sample.question, sample.answer, masks, ignore)
+
+
+def image_plan(samples: Sequence[Sample], questions: int, seed: int) -> Plan[Sample]:
+    """Items are images with up to `questions` of their questions."""
+    return Plan(samples, questions, seed, key=lambda sample: sample.image)
 
 
 def sft_collate(model: Segmenter, run: Run, dense: bool) -> Callable[[Sequence[list[Sample]]], Batch]:
@@ -52,7 +61,7 @@ def validation(
     model: Segmenter, run: Run, held_out: Sequence[Sample], weights: SftWeights
 ) -> Callable[[], dict[str, float]]:
     """Loss and IoU on held-out questions with the true answers fed (teacher-forced, and called so)."""
-    plan = Plan(held_out, run.params.sft.train.questions, run.params.seed)
+    plan = image_plan(held_out, run.params.sft.train.questions, run.params.seed)
     collate = sft_collate(model, run, dense=False)
     count = min(len(plan.groups), 192)
     batches = [collate([plan.item(i) for i in range(at, min(at + 32, count))]) for at in range(0, count, 32)]
@@ -71,6 +80,17 @@ def validation(
         return dict(zip(("val/ce_teacher_forced", "val/iou_teacher_forced"), means, strict=True))
 
     return evaluate
+
+
+def pair_plan(pairs: Sequence[TextPair], seed: int) -> Callable[[int], TextPair]:
+    """Item number -> a pair; every pair comes once an epoch, in an order of the seed's."""
+    plan = Plan(pairs, 1, seed, key=lambda pair: pair.uid)
+    return lambda index: plan.item(index)[0]
+
+
+def both_stages(params: TrainParams) -> TrainParams:
+    """The steps of the curriculum's two stages in one run: what the controls get."""
+    return params.model_copy(update={"steps": 2 * params.steps})
 
 
 def fit(

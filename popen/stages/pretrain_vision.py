@@ -15,7 +15,6 @@ def pretrain(run: Run) -> None:
     from torch import Tensor, nn
 
     from popen.data.images import open_image
-    from popen.data.plan import Plan
     from popen.model.dense import (
         DenseTower,
         Pixels,
@@ -26,7 +25,7 @@ def pretrain(run: Run) -> None:
         image_array,
     )
     from popen.samples import Sample
-    from popen.stages.learning import INDEX, fit, samples
+    from popen.stages.learning import INDEX, fit, image_plan, samples
 
     params, train_samples = run.params, samples("train")
     categories = categories_of(train_samples)
@@ -43,15 +42,16 @@ def pretrain(run: Run) -> None:
         return dense_loss(model(batch.images), batch.labels), {}
 
     annotated = [sample for sample in train_samples if sample.objects]
-    held_out = Plan([sample for sample in samples("val") if sample.objects], 1, params.seed)
+    held_out = image_plan([sample for sample in samples("val") if sample.objects], 1, params.seed)
     batch = collate([held_out.item(i) for i in range(min(len(held_out.groups), 128))])
 
     def evaluate() -> dict[str, float]:
+        seen = batch.to(next(model.parameters()).device)
         with torch.no_grad():
-            every, things = dense_accuracy(model(batch.images.to(model.neck.place.device)), batch.labels)
+            every, things = dense_accuracy(model(seen.images), seen.labels)
         return {"val/pixel_accuracy": every, "val/thing_accuracy": things}
 
-    plan = Plan(annotated, params.pretrain_vision.questions, params.seed)
+    plan = image_plan(annotated, params.pretrain_vision.questions, params.seed)
     inputs = [INDEX / "train.jsonl", INDEX / "val.jsonl"]
     fit(run, model, params.pretrain_vision, plan.item, collate, loss, evaluate, inputs, [params.model])
     save_file(model.state_dict(), OUT / "model.safetensors")
@@ -60,10 +60,12 @@ def pretrain(run: Run) -> None:
 def main() -> None:
     with stage("pretrain_vision") as run:
         OUT.mkdir(parents=True, exist_ok=True)
-        if run.params.model.vision.name == "custom":
+        if run.params.model.vision.untrained:
             pretrain(run)
         else:
-            (OUT / "skipped.txt").write_text(f"the tower {run.params.model.vision.name} has weights of its own\n")
+            (OUT / "skipped.txt").write_text(
+                f"the tower {run.params.model.vision.name} has weights of its own\n"
+            )
 
 
 if __name__ == "__main__":

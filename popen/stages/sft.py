@@ -6,7 +6,7 @@ from pathlib import Path
 
 from popen.stages.run import stage
 
-VISION, OUT = Path("artifacts/vision"), Path("artifacts/sft")
+VISION, OUT = Path("artifacts/vision"), Path("artifacts/models/sft")
 
 
 def main() -> None:
@@ -15,13 +15,12 @@ def main() -> None:
         from safetensors.torch import load_file
         from torch import Tensor, nn
 
-        from popen.data.plan import Plan
         from popen.model.batches import Batch
         from popen.model.dense import categories_of
         from popen.model.language import PROMPT, load_tokenizer, train_tokenizer
         from popen.model.losses import sft_loss
         from popen.model.segmenter import Segmenter
-        from popen.stages.learning import INDEX, fit, samples, sft_collate, validation
+        from popen.stages.learning import INDEX, fit, image_plan, samples, sft_collate, validation
 
         params, train_samples = run.params, samples("train")
         if params.model.language.name == "custom":
@@ -31,15 +30,17 @@ def main() -> None:
             tokenizer = load_tokenizer(params.model.language.name)
         torch.manual_seed(params.seed)
         model = Segmenter(params.model, tokenizer, categories_of(train_samples))
-        if params.model.vision.name == "custom":
+        if params.model.vision.untrained:
             model.load_state_dict(load_file(VISION / "model.safetensors"), strict=False)
         model.tower.requires_grad_(params.sft.train_vision)
-        run.say(f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f} M parameters train")
+        run.say(
+            f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f} M parameters train"
+        )
 
         def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             return sft_loss(model(batch), batch, params.sft.loss)
 
-        plan = Plan(train_samples, params.sft.train.questions, params.seed)
+        plan = image_plan(train_samples, params.sft.train.questions, params.seed)
         fit(
             run,
             model,

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from popen.masks import decode
-from popen.model.batches import IGNORED, Row
+from popen.model.batches import Row
+from popen.model.dense import IGNORED
 from popen.model.generate import generate
 from popen.model.losses import cross_entropy, token_logps
 from popen.model.segmenter import ModelError, Segmenter
@@ -20,7 +21,10 @@ from popen.samples import Sample
 
 def rows(sample: Sample) -> list[Row]:
     masks = [decode(target.rle) for target in sample.targets]
-    return [Row(0, sample.question, sample.answer, masks), Row(0, "Where?", "It is the cup {seg}.", masks[:1])]
+    return [
+        Row(0, sample.question, sample.answer, masks),
+        Row(0, "Where?", "It is the cup {seg}.", masks[:1]),
+    ]
 
 
 def test_forward_shapes(mini_model: Segmenter, picture: Image.Image, sample: Sample) -> None:

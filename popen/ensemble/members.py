@@ -1,0 +1,207 @@
+"""The ensemble at work: M members answer, the best text is kept, and the members' embeddings refine its masks.
+
+1. Member 0 answers greedily from the clean image, the others sample from perturbed copies.
+2. Every answer is scored (`popen.ensemble.score`); the best one is the ensemble's text.
+3. That text is fed with every member's image, so that the M embeddings of a target are aligned.
+4. Attention over them refines the clean image's embedding; its mask is decoded from the clean image.
+
+Shapes: R questions, M members, N targets of the kept answers (flat), S scales, C width, H W mask size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from popen.ensemble.attention import RefinementAttention, best_embedding, mean_embedding
+from popen.ensemble.score import FEATURES, Score, mask_confidence
+from popen.model.batches import IGNORED, Batch, Row
+from popen.model.generate import Answer, generate
+from popen.model.losses import token_logps
+from popen.model.segmenter import Segmenter
+from popen.params import EnsembleParams
+from popen.preference.masks import noise_rectangles
+
+
+@dataclass(frozen=True)
+class Members:
+    """What M members say to R questions about as many images."""
+
+    answers: list[list[Answer]]  # M lists of R
+    pixels: Tensor  # (M, R, 3, H, W); member 0 clean
+    features: np.ndarray[Any, np.dtype[np.float64]]  # (R, M, F), see `score.FEATURES`
+
+
+@torch.no_grad()
+def ask(
+    model: Segmenter,
+    reference: Segmenter,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    params: EnsembleParams,
+    members: int,
+    max_new_tokens: int,
+    threshold: float,
+    seed: int,
+) -> Members:
+    """Let `members` answer each question about its image. `reference` is the model before alignment."""
+    rows = [Row(index, question) for index, question in enumerate(questions)]
+    clean = model.encoder.batch(images, rows).images
+    views = [clean]
+    for member in range(1, members):
+        generator = torch.Generator().manual_seed(seed + member)
+        views.append(noise_rectangles(clean, 1, 1, params.sigma, params.side, generator))
+    answers = [generate(model, images, rows, max_new_tokens)]
+    for member in range(1, members):
+        answers.append(
+            generate(model, images, rows, max_new_tokens, params.temperature, seed + member, views[member])
+        )
+    features = np.zeros((len(rows), members, len(FEATURES)))
+    for member, said in enumerate(answers):
+        rewards = implicit_rewards(model, reference, images, questions, said)
+        for row, (answer, reward) in enumerate(zip(said, rewards, strict=True)):
+            sure = mask_confidence(answer.masks, threshold).mean().item() if len(answer.masks) else 0.0
+            features[row, member] = (answer.logp, sure, reward)
+    return Members(answers, torch.stack(views), features)
+
+
+@torch.no_grad()
+def implicit_rewards(
+    model: Segmenter,
+    reference: Segmenter,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    answers: Sequence[Answer],
+) -> list[float]:
+    """DPO's implicit reward of each answer without its beta: mean log pi - log pi_ref of its tokens, clean image."""
+    rows = [Row(i, question, answer.text) for i, (question, answer) in enumerate(zip(questions, answers, strict=True))]
+    batch = model.encoder.batch(images, rows).to(model.device)
+    counts = (batch.labels != IGNORED).sum(1).clamp(min=1)
+    means = [token_logps(net(batch).logits, batch).sum(1) / counts for net in (model, reference)]
+    return (means[0] - means[1]).tolist()
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The kept answers of R questions, their targets seen by every member."""
+
+    batch: Batch  # rows of the kept answers; its masks are placeholders
+    embeddings: Tensor  # (N, M, S, C)
+    features: list[list[Tensor]]  # M times the tower's levels
+    scores: Tensor  # (N, M), the score of the member's own answer
+
+
+@torch.no_grad()
+def align(
+    model: Segmenter,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    texts: Sequence[str],
+    pixels: Tensor,
+    scores: np.ndarray[Any, np.dtype[np.float64]],
+) -> Aligned:
+    """Feed each question's text with every member's image: `pixels` (M, R, 3, H, W), `scores` (R, M)."""
+    size = model.encoder.size
+    rows = [
+        Row(i, question, text, [np.zeros((size, size), dtype=bool)] * text.count("{seg}"))
+        for i, (question, text) in enumerate(zip(questions, texts, strict=True))
+    ]
+    batch = model.encoder.batch(images, rows).to(model.device)
+    features = [model.tower(view.to(model.device)) for view in pixels]
+    embeddings = [model.segmentation_embeddings(model.hidden(batch, levels), batch) for levels in features]
+    by_row = torch.from_numpy(scores).float().to(model.device)
+    return Aligned(batch, torch.stack(embeddings, dim=1), features, by_row[batch.row_of_target])
+
+
+def refine(
+    model: Segmenter, attention: RefinementAttention, aligned: Aligned, mode: str
+) -> Tensor:
+    """Mask logits (N, H, W) of the kept answers.
+
+    `mode`: "attention" (the method), "mean" of the embeddings, "best" (the best-scored member's
+    embedding), "probability" (mean of the members' own mask probabilities).
+    """
+    batch, clean = aligned.batch, aligned.features[0]
+    if mode == "probability":
+        members = [
+            model.decode(aligned.embeddings[:, m], aligned.features[m], batch.images, batch.image_of_target)
+            for m in range(aligned.embeddings.shape[1])
+        ]
+        return torch.stack(members).sigmoid().mean(0).clamp(1e-6, 1 - 1e-6).logit()
+    if mode == "attention":
+        embeddings = attention(aligned.embeddings, aligned.scores)
+    elif mode == "mean":
+        embeddings = mean_embedding(aligned.embeddings)
+    else:
+        embeddings = best_embedding(aligned.embeddings, aligned.scores)
+    return model.decode(embeddings, clean, batch.images, batch.image_of_target)
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A calibrated ensemble around one model."""
+
+    model: Segmenter
+    reference: Segmenter
+    score: Score
+    attention: RefinementAttention
+    params: EnsembleParams
+    threshold: float
+
+    @torch.no_grad()
+    def answer(
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        members: int,
+        max_new_tokens: int,
+        seed: int,
+        mode: str | None = None,
+    ) -> list[Answer]:
+        """One refined answer a question (question i is about image i)."""
+        said = ask(
+            self.model,
+            self.reference,
+            images,
+            questions,
+            self.params,
+            members,
+            max_new_tokens,
+            self.threshold,
+            seed,
+        )
+        scores = self.score(said.features)
+        kept = [said.answers[best][row] for row, best in enumerate(scores.argmax(1).tolist())]
+        aligned = align(self.model, images, questions, [answer.text for answer in kept], said.pixels, scores)
+        masks = refine(self.model, self.attention, aligned, mode or self.params.mode)
+        counts = [answer.text.count("{seg}") for answer in kept]
+        parts = zip(kept, masks.split(counts), aligned.embeddings[:, 0].split(counts), strict=True)
+        return [Answer(a.text, a.token_ids, a.logp, embedding, mask) for a, mask, embedding in parts]
+
+
+def save(folder: Path, score: Score, attention: RefinementAttention) -> None:
+    """Write score.json and attention.safetensors."""
+    import json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "score.json").write_text(json.dumps(score.to_dict(), indent=1) + "\n", encoding="utf-8")
+    save_file(attention.state_dict(), folder / "attention.safetensors")
+
+
+def load(folder: Path, model: Segmenter) -> tuple[Score, RefinementAttention]:
+    """Read what `save` wrote."""
+    import json
+
+    score = Score.from_dict(json.loads((folder / "score.json").read_text(encoding="utf-8")))
+    attention = RefinementAttention(model.codebook.scales, model.params.decoder.width)
+    attention.load_state_dict(load_file(folder / "attention.safetensors"))
+    return score, attention.eval()

@@ -1,0 +1,58 @@
+"""Is the segmentation embedding more than a class code? Swap it for its class mean and see what is lost (ours).
+
+Where one object of a kind is in an image, the class mean finds it as well. Where two share a kind, only an
+embedding that says *which one* can.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from popen.data.images import open_image
+from popen.masks import decode
+from popen.model.batches import Row
+from popen.model.segmenter import Segmenter
+from popen.samples import Sample
+
+
+@torch.no_grad()
+def class_mean_swap(
+    model: Segmenter, root: Path, samples: Sequence[Sample], batch: int, max_pixels: int, threshold: float
+) -> dict[str, float]:
+    """IoU of targets that share their kind with another object, true answers fed: own embedding and class mean.
+
+    Returns {"targets", "iou", "iou_class_mean", "drop"}; IoUs in 0..1 at the model's mask size.
+    """
+    asked = [sample for sample in samples if sample.targets]
+    encoded, features, embeddings, kinds, shared = [], [], [], list[str](), list[bool]()
+    for start in tqdm(range(0, len(asked), batch), desc="class means", unit="batch", mininterval=2.0):
+        part = asked[start : start + batch]
+        rows = [Row(i, s.question, s.answer, [decode(t.rle) for t in s.targets]) for i, s in enumerate(part)]
+        images = [open_image(root, s.image, max_pixels) for s in part]
+        encoded.append(model.encoder.batch(images, rows).to(model.device))
+        features.append(model.tower(encoded[-1].images))
+        embeddings.append(model(encoded[-1], features[-1]).embeddings)
+        for sample in part:
+            present = Counter(thing.category for thing in sample.objects)
+            kinds += [target.category for target in sample.targets]
+            shared += [present[target.category] > 1 for target in sample.targets]
+    every = torch.cat(embeddings)
+    means = {kind: every[[k == kind for k in kinds]].mean(0) for kind in set(kinds)}
+    swapped = torch.stack([means[kind] for kind in kinds]).split([len(e) for e in embeddings])
+    found = {"iou": embeddings, "iou_class_mean": list(swapped)}
+    out = {"targets": float(sum(shared))}
+    for name, parts in found.items():
+        ious = []
+        for data, levels, embedding in zip(encoded, features, parts, strict=True):
+            masks = model.decode(embedding, levels, data.images, data.image_of_target) > threshold
+            truth = data.masks > 0
+            joint = (masks | truth).flatten(1).sum(1)
+            ious.append((masks & truth).flatten(1).sum(1) / joint.clamp(min=1))
+        out[name] = float(torch.cat(ious)[torch.tensor(shared)].mean())
+    out["drop"] = out["iou"] - out["iou_class_mean"]
+    return out

@@ -1,0 +1,105 @@
+"""Answers to single questions: what `popen predict` and the served model share.
+
+A bundle, written by the stage `calibrate`, holds all that this needs:
+    model/, reference/      the aligned model and the one before alignment
+    score.json, attention.safetensors
+    settings.json           threshold, ensemble parameters, longest answer
+A plain model folder (artifacts/sft, ...) will do for answers without an ensemble.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from PIL import Image
+
+from popen.ensemble import members
+from popen.ensemble.members import Ensemble
+from popen.ensemble.score import Score, reward_score
+from popen.evaluation.answering import prediction
+from popen.evaluation.prediction import Prediction
+from popen.model.batches import Row
+from popen.model.generate import generate
+from popen.model.segmenter import ModelError, Segmenter
+from popen.params import EnsembleParams
+from popen.samples import Sample
+
+PLAIN_THRESHOLD, PLAIN_LENGTH = 0.0, 128  # where a folder brings no settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    threshold: float  # logit
+    max_new_tokens: int
+    ensemble: EnsembleParams
+
+    def to_json(self) -> str:
+        record = {**vars(self), "ensemble": self.ensemble.model_dump(mode="json")}
+        return json.dumps(record, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        record = json.loads(text)
+        return cls(**(record | {"ensemble": EnsembleParams.model_validate(record["ensemble"])}))
+
+
+def write_bundle(
+    folder: Path, model: Path, reference: Path, score: Score, attention: members.RefinementAttention, settings: Settings
+) -> None:
+    """Put a calibrated ensemble into one folder; `model` and `reference` are saved models."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, source in (("model", model), ("reference", reference)):
+        shutil.copytree(source, folder / name)
+    members.save(folder, score, attention)
+    (folder / "settings.json").write_text(settings.to_json(), encoding="utf-8")
+
+
+def load_ensemble(folder: Path) -> tuple[Ensemble, Settings]:
+    """The ensemble of a bundle. Raises ModelError where a part is missing."""
+    try:
+        settings = Settings.from_json((folder / "settings.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no bundle here (settings.json is missing); run `make repro`") from None
+    model, reference = Segmenter.load(folder / "model"), Segmenter.load(folder / "reference")
+    score, attention = members.load(folder, model)
+    if settings.ensemble.score == "reward":
+        score = reward_score()
+    return Ensemble(model, reference, score, attention, settings.ensemble, settings.threshold), settings
+
+
+class Predictor:
+    """A loaded model that answers one question at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load a bundle or a plain model folder. Raises ModelError."""
+        self.ensemble: Ensemble | None = None
+        self.threshold, self.length = PLAIN_THRESHOLD, PLAIN_LENGTH
+        if (folder / "settings.json").is_file():
+            self.ensemble, settings = load_ensemble(folder)
+            self.model = self.ensemble.model
+            self.threshold, self.length = settings.threshold, settings.max_new_tokens
+        else:
+            self.model = Segmenter.load(folder)
+
+    def __call__(
+        self, image: Image.Image, question: str, members: int = 1, threshold: float | None = None, seed: int = 0
+    ) -> Prediction:
+        """Words and masks. `members` > 1 asks an ensemble; `threshold` (a logit) None means the calibrated one.
+
+        Raises ModelError for an ensemble of a plain model folder.
+        """
+        began = time.perf_counter()
+        if members == 1:
+            answer = generate(self.model, [image], [Row(0, question)], self.length)[0]
+        elif self.ensemble is None:
+            raise ModelError("this folder is a plain model without an ensemble; ask for one answer, or name a bundle")
+        else:
+            answer = self.ensemble.answer([image], [question], members, self.length, seed)[0]
+        asked = Sample("question", "", "", "", image.height, image.width, question, "", ())
+        level = self.threshold if threshold is None else threshold
+        return prediction(asked, answer, level, time.perf_counter() - began)

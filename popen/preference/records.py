@@ -1,0 +1,98 @@
+"""The files in which preference data lie: answers in words, pairs of masks, and the reference's values for both.
+
+The reference (the SFT model) is frozen, so what it says about a pair is computed once, by the stage that makes
+the pair; training needs no second model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from popen.samples import Region
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """P_t: a question, the model's own answer and its correction. They are equal where it was right."""
+
+    uid: str  # of the sample
+    image: str
+    question: str
+    chosen: str
+    rejected: str
+    targets: tuple[Region, ...]  # of `chosen`, in the order of its {seg}
+    chosen_changed: list[bool]  # a token of the answer, the end token included
+    rejected_changed: list[bool]
+    chosen_ref: list[float]  # log p of the same tokens under the reference
+    rejected_ref: list[float]
+
+    @property
+    def differs(self) -> bool:
+        return self.chosen != self.rejected
+
+
+def write_text_pairs(path: Path, pairs: Iterable[TextPair]) -> int:
+    """Write pairs as JSON lines; returns how many."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(asdict(pair), sort_keys=True, ensure_ascii=False) + "\n" for pair in pairs]
+    path.write_text("".join(lines), encoding="utf-8")
+    return len(lines)
+
+
+def read_text_pairs(path: Path) -> Iterator[TextPair]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        yield TextPair(**(record | {"targets": tuple(Region(**region) for region in record["targets"])}))
+
+
+@dataclass(frozen=True)
+class MaskPairs:
+    """P_s: for targets of corrected answers, a better and a worse embedding and mask from perturbed images."""
+
+    uids: list[str]  # P
+    targets: list[int]  # P: which {seg} of the corrected answer
+    winner: Tensor  # (P, S, C)
+    loser: Tensor  # (P, S, C)
+    reference: Tensor  # (P, S, C), from the clean image
+    winner_masks: Tensor  # (P, H, W) bool
+    loser_masks: Tensor  # (P, H, W) bool
+    reference_masks: Tensor  # (P, H, W) logits, half precision
+    ious: Tensor  # (P, 3): winner, loser, clean
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            name: value.contiguous() for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        save_file(tensors, folder / "pairs.safetensors")
+        (folder / "pairs.json").write_text(
+            json.dumps({"uids": self.uids, "targets": self.targets}), encoding="utf-8"
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> MaskPairs:
+        names = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
+        return cls(**names, **load_file(folder / "pairs.safetensors"))
+
+    def of_uid(self) -> dict[str, list[int]]:
+        """Sample uid -> its pairs' numbers."""
+        found: dict[str, list[int]] = {}
+        for number, uid in enumerate(self.uids):
+            found.setdefault(uid, []).append(number)
+        return found
+
+    def pick(self, numbers: list[int]) -> MaskPairs:
+        """The pairs of these numbers, in this order."""
+        index = torch.tensor(numbers, dtype=torch.long)
+        tensors = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return MaskPairs([self.uids[n] for n in numbers], [self.targets[n] for n in numbers], **tensors)

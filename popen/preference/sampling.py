@@ -1,0 +1,160 @@
+"""Making preference data: answers sampled from the reference, and its masks under perturbed images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from popen.data.images import open_image
+from popen.model.batches import Row
+from popen.model.generate import generate
+from popen.model.losses import token_logps
+from popen.model.segmenter import Segmenter
+from popen.params import MaskPreferenceParams, TextPreferenceParams
+from popen.preference.alignment import chosen_rows
+from popen.preference.masks import Ranks, noise_rectangles, rank
+from popen.preference.records import MaskPairs, TextPair
+from popen.preference.text import changed_spans, correct
+from popen.samples import Sample
+
+
+@torch.no_grad()
+def text_pairs(
+    model: Segmenter,
+    root: Path,
+    samples: Sequence[Sample],
+    params: TextPreferenceParams,
+    batch: int,
+    max_new_tokens: int,
+    max_pixels: int,
+    seed: int,
+) -> Iterator[TextPair]:
+    """P_t: of `params.samples` sampled answers to a question, the first wrong one (else the first), corrected."""
+    encoder = model.encoder
+    for start in tqdm(range(0, len(samples), batch), desc="text_preferences", unit="batch", mininterval=2.0):
+        part = samples[start : start + batch]
+        images = [open_image(root, sample.image, max_pixels) for sample in part]
+        asked = [Row(index, sample.question) for index, sample in enumerate(part)]
+        drawn = [
+            generate(
+                model, images, asked, max_new_tokens, params.temperature, seed + start * params.samples + draw
+            )
+            for draw in range(params.samples)
+        ]
+        found = []
+        for answers, sample in zip(zip(*drawn, strict=True), part, strict=True):
+            pairs = [(answer.text, correct(answer.text, sample)) for answer in answers]
+            found.append(next((pair for pair in pairs if pair[1].changed), pairs[0]))
+        asked_with = list(zip(asked, found, strict=True))
+        rows = [Row(row.image, row.question, fix.answer) for row, (_, fix) in asked_with]
+        rows += [Row(row.image, row.question, text) for row, (text, _) in asked_with]
+        encoded = encoder.batch(images, rows).to(model.device)
+        logps = token_logps(model(encoded).logits, encoded).cpu()
+        for index, (sample, (text, fix)) in enumerate(zip(part, found, strict=True)):
+            chosen, rejected = encoder.answer_ids(fix.answer), encoder.answer_ids(text)
+            marks = changed_spans(chosen, rejected)
+            yield TextPair(
+                uid=sample.uid,
+                image=sample.image,
+                question=sample.question,
+                chosen=fix.answer,
+                rejected=text,
+                targets=fix.targets,
+                chosen_changed=marks[0],
+                rejected_changed=marks[1],
+                chosen_ref=logps[index, -len(chosen) :].tolist(),
+                rejected_ref=logps[len(part) + index, -len(rejected) :].tolist(),
+            )
+
+
+@torch.no_grad()
+def mask_pairs(
+    model: Segmenter,
+    root: Path,
+    pairs: Sequence[TextPair],
+    params: MaskPreferenceParams,
+    stage: str,
+    batch: int,
+    max_pixels: int,
+    seed: int,
+) -> MaskPairs:
+    """P_s: K perturbed images answer with the corrected text; each target's masks are ranked by IoU.
+
+    `stage` "coarse" pairs high with low, "fine" high with medium. Masks are ranked as the perturbed images'
+    own features decode them; a winner must beat the clean image's mask.
+    """
+    asked = [pair for pair in pairs if pair.targets]
+    copies = params.perturbed
+    kept: dict[str, list[torch.Tensor]] = {}
+    uids: list[str] = []
+    targets: list[int] = []
+    for start in tqdm(
+        range(0, len(asked), batch), desc=f"mask_preferences@{stage}", unit="batch", mininterval=2.0
+    ):
+        part = asked[start : start + batch]
+        images = [open_image(root, pair.image, max_pixels) for pair in part]
+        encoded = model.encoder.batch(images, chosen_rows(part)).to(model.device)
+        clean = model(encoded)
+        generator = torch.Generator().manual_seed(seed + start)
+        noisy = noise_rectangles(
+            encoded.images, copies, params.rectangles, params.sigma, params.side, generator
+        )
+        views = [model(encoded.with_images(noisy[copy::copies])) for copy in range(copies)]
+        embeddings = torch.stack([view.embeddings for view in views])  # (K, N, S, C)
+        masks = torch.stack([view.masks for view in views]) > 0  # (K, N, H, W)
+        truth = encoded.masks > 0
+        ious = _ious(masks, truth[None])
+        clean_ious = _ious(clean.masks > 0, truth)
+        areas = masks.flatten(2).sum(2)
+        place = _place_in_row(encoded.row_of_target.tolist())
+        for target, row in enumerate(encoded.row_of_target.tolist()):
+            ranks = rank(
+                ious[:, target].tolist(),
+                areas[:, target].tolist(),
+                params.margin,
+                params.area_ratio,
+                float(clean_ious[target]),
+            )
+            loser = _loser(ranks, stage)
+            if ranks is None or loser is None:
+                continue
+            uids.append(part[row].uid)
+            targets.append(place[target])
+            high = ranks.high
+            values = {
+                "winner": embeddings[high, target],
+                "loser": embeddings[loser, target],
+                "reference": clean.embeddings[target],
+                "winner_masks": masks[high, target],
+                "loser_masks": masks[loser, target],
+                "reference_masks": clean.masks[target].half(),
+                "ious": torch.stack([ious[high, target], ious[loser, target], clean_ious[target]]),
+            }
+            for name, value in values.items():
+                kept.setdefault(name, []).append(value.cpu())
+    if not uids:
+        raise ValueError(
+            f"mask_preferences@{stage}: no target gives a pair; raise mask_preferences.sigma or .area_ratio,"
+            " or lower .margin"
+        )
+    return MaskPairs(uids, targets, **{name: torch.stack(values) for name, values in kept.items()})
+
+
+def _loser(ranks: Ranks | None, stage: str) -> int | None:
+    if ranks is None:
+        return None
+    return ranks.low if stage == "coarse" else ranks.medium
+
+
+def _ious(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """IoU over the last two axes; 1 for two empty masks."""
+    joint = (masks | truth).flatten(-2).sum(-1)
+    return torch.where(joint == 0, 1.0, (masks & truth).flatten(-2).sum(-1) / joint.clamp(min=1))
+
+
+def _place_in_row(rows: list[int]) -> list[int]:
+    """Row of each target -> the target's number inside its row."""
+    return [rows[:index].count(row) for index, row in enumerate(rows)]

@@ -1,0 +1,65 @@
+"""The model as MLflow serves it: a pyfunc made from this file ("models from code"), so nothing is pickled."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+from PIL import Image
+
+from popen.data.images import open_image
+
+MAX_PIXELS = 40_000_000  # as `data.max_pixels` of the pipeline
+
+
+class RequestError(ValueError):
+    """A request cannot be answered; the message is one line that says why."""
+
+
+def read_image(value: str) -> Image.Image:
+    """An image from the base64 text of its file, or from a path on the server. Raises RequestError, ImageError."""
+    if len(value) < 1024 and Path(value).is_file():
+        path = Path(value).resolve()
+        return open_image(path.parent, path.name, MAX_PIXELS)
+    try:
+        data = base64.b64decode(value, validate=True)
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise RequestError(f"image: {image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+            return image.convert("RGB")
+    except (ValueError, OSError) as error:
+        raise RequestError(f"image: neither the base64 text of an image nor a file on the server ({error})") from None
+
+
+class PopenModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
+    """Rows of (image, question) -> answer, masks as RLE, scores. Parameters: members, threshold."""
+
+    def load_context(self, context: Any) -> None:
+        from popen.predict import Predictor
+
+        self.predictor = Predictor(Path(context.artifacts["bundle"]))
+
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """One record a row: {answer, masks: [RLE], scores: {loglik, confidence}, seconds}."""
+        params = params or {}
+        members, threshold = int(params.get("members", 1)), params.get("threshold")
+        if not 1 <= members <= 64:
+            raise RequestError(f"members: 1 to 64, not {members}")
+        out = []
+        for image, question in zip(model_input["image"], model_input["question"], strict=True):
+            if not str(question).strip():
+                raise RequestError("question: it is empty")
+            found = self.predictor(read_image(str(image)), str(question), members, threshold)
+            scores = {"loglik": found.loglik, "confidence": found.confidence}
+            masks = [dict(mask) for mask in found.masks]
+            out.append({"answer": found.text, "masks": masks, "scores": scores, "seconds": found.seconds})
+        return out
+
+
+mlflow.models.set_model(PopenModel())

@@ -1,0 +1,40 @@
+"""Stage `align@coarse|fine`: L_pre on the preference data. Coarse starts from SFT, fine from coarse and is POPEN."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from popen.stages.run import stage
+
+FROM_TO = {"coarse": ("sft", "coarse"), "fine": ("coarse", "popen")}
+
+
+def main(part: str) -> None:
+    with stage(f"align@{part}") as run:
+        from popen.model.segmenter import Segmenter
+        from popen.preference.alignment import align_loss, collate
+        from popen.preference.records import MaskPairs, read_text_pairs
+        from popen.stages.learning import MODELS, PREFERENCES, TEXT_PAIRS, fit, pair_plan
+
+        params, masks = run.params, PREFERENCES / f"masks_{part}"
+        start, out = (MODELS / name for name in FROM_TO[part])
+        model = Segmenter.load(start)
+        model.tower.requires_grad_(False)
+        plan = pair_plan(list(read_text_pairs(TEXT_PAIRS)), params.seed + (part == "fine"))
+        fit(
+            run,
+            model,
+            params.align.train,
+            plan,
+            collate(model, Path(params.data.root), params.data.max_pixels, MaskPairs.load(masks)),
+            align_loss(params.align, params.sft.loss),
+            None,
+            [start, TEXT_PAIRS, masks],
+            [params.align, params.sft.loss],
+        )
+        model.save(out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

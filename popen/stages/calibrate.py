@@ -1,0 +1,189 @@
+"""Stage `calibrate`: what is chosen on validation alone: mask thresholds, the preference score, the attention.
+
+artifacts/thresholds.json         logit threshold of each system
+artifacts/models/popen+ensemble   the calibrated ensemble, a bundle (see popen.predict)
+metrics/ensemble.json             members against quality and seconds, and the modes compared
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from popen.stages.run import Run, stage
+
+if TYPE_CHECKING:
+    from popen.ensemble.attention import RefinementAttention
+    from popen.ensemble.members import Ensemble
+    from popen.ensemble.score import Score
+    from popen.model.generate import Answer
+    from popen.model.segmenter import Segmenter
+    from popen.samples import Sample
+
+SIZES = (1, 2, 4, 8)  # ensemble sizes of the report's figure
+
+
+def best_threshold(found: Sequence[tuple[Sample, Answer, float]], levels: Sequence[float]) -> tuple[float, float]:
+    """The threshold with the highest gIoU (union of an answer's masks) and that gIoU."""
+    from popen.evaluation.answering import prediction
+    from popen.evaluation.benchmark import METRICS, rows
+
+    asked = [sample for sample, _, _ in found]
+    scored = []
+    for level in levels:
+        table = rows(asked, [prediction(sample, answer, level, seconds) for sample, answer, seconds in found])
+        scored.append((METRICS["gIoU"](table), -abs(level), level))
+    best = max(scored)
+    return best[2], best[0]
+
+
+def fit_score(ensemble: Ensemble, run: Run, asked: Sequence[Sample]) -> tuple[Score, float]:
+    """The preference score fitted on the members' answers to validation questions, and its correlation."""
+    import numpy as np
+
+    from popen.data.images import open_image
+    from popen.ensemble.members import ask
+    from popen.ensemble.score import correlation, fit
+    from popen.evaluation.answering import prediction
+    from popen.evaluation.benchmark import rows
+
+    params, size = run.params, run.params.evaluate.batch // 2
+    features, quality = [], []
+    for start in range(0, len(asked), size):
+        part = asked[start : start + size]
+        images = [open_image(Path(params.data.root), s.image, params.data.max_pixels) for s in part]
+        said = ask(
+            ensemble.model,
+            ensemble.reference,
+            images,
+            [sample.question for sample in part],
+            params.ensemble,
+            params.ensemble.members,
+            params.evaluate.max_new_tokens,
+            ensemble.threshold,
+            params.seed + start,
+        )
+        features.append(said.features)
+        predictions = [
+            [prediction(s, a, ensemble.threshold, 0.0) for s, a in zip(part, answers, strict=True)]
+            for answers in said.answers
+        ]
+        quality.append(np.stack([rows(part, member)["matched"].to_numpy(float) for member in predictions], 1))
+    x, y = np.concatenate(features), np.concatenate(quality)
+    score = fit(x, y)
+    return score, correlation(score(x), y)
+
+
+def train_attention(
+    model: Segmenter, score: Score, run: Run, threshold: float, reference: Segmenter
+) -> RefinementAttention:
+    """Train the attention, and it alone, on the preference split: true answers, M perturbed views, mask loss."""
+    import torch
+
+    from popen.data.images import open_image
+    from popen.ensemble.attention import RefinementAttention
+    from popen.ensemble.members import align, ask
+    from popen.model.losses import mask_loss
+    from popen.stages.learning import pair_plan, sample_row, samples
+
+    params = run.params
+    attention = RefinementAttention(model.codebook.scales, model.params.decoder.width).to(model.device)
+    optimizer = torch.optim.Adam(attention.parameters(), lr=1e-2)
+    asked = [sample for sample in samples("preference") if sample.targets]
+    plan = pair_plan(asked, params.seed)
+    model.requires_grad_(False)
+    for step in range(params.ensemble.steps):
+        part = [plan(step * 16 + place) for place in range(16)]
+        images = [open_image(Path(params.data.root), s.image, params.data.max_pixels) for s in part]
+        questions = [sample.question for sample in part]
+        said = ask(
+            model,
+            reference,
+            images,
+            questions,
+            params.ensemble,
+            params.ensemble.members,
+            params.evaluate.max_new_tokens,
+            threshold,
+            params.seed + step,
+        )
+        aligned = align(model, images, questions, [s.answer for s in part], said.pixels, score(said.features))
+        supervised = model.encoder.batch(images, [sample_row(s, i) for i, s in enumerate(part)]).to(model.device)
+        refined = attention(aligned.embeddings, aligned.scores)
+        masks = model.decode(refined, aligned.features[0], supervised.images, supervised.image_of_target)
+        parts = mask_loss(masks, supervised, params.sft.loss)
+        loss = params.sft.loss.bce * parts["bce"] + params.sft.loss.dice * parts["dice"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.log_metrics({"attention/loss": float(loss), "attention/gate": float(attention.gate.abs().mean())}, step)
+    return attention.eval()
+
+
+def main() -> None:
+    with stage("calibrate") as run:
+        from popen.ensemble import members
+        from popen.ensemble.attention import RefinementAttention
+        from popen.ensemble.score import reward_score
+        from popen.evaluation.answering import answers, prediction
+        from popen.evaluation.benchmark import METRICS, rows
+        from popen.model.segmenter import Segmenter
+        from popen.predict import Settings, write_bundle
+        from popen.stages.learning import MODELS, samples
+        from popen.stages.systems import BUNDLE, PLAIN, THRESHOLDS, ensemble_answers
+
+        params = run.params
+        asked = [s for s in samples("val") if s.objects][: params.calibrate.questions]
+        models = {name: Segmenter.load(MODELS / name) for name in PLAIN}
+        thresholds = {}
+        for name, model in models.items():
+            answered = answers(
+                model, Path(params.data.root), asked, params.evaluate, params.data.max_pixels, f"calibrate {name}"
+            )
+            level, value = best_threshold(list(answered), params.calibrate.thresholds)
+            thresholds[name] = level
+            run.log_metrics({f"threshold/{name}": level, f"val_gIoU/{name}": value})
+            run.say(f"{name}: threshold {level:g}, gIoU on validation {value:.3f}")
+        THRESHOLDS.write_text(json.dumps(thresholds, indent=1) + "\n", encoding="utf-8")
+
+        model, reference = models["popen"], models["sft"]
+        untrained = RefinementAttention(model.codebook.scales, model.params.decoder.width)
+        plain = members.Ensemble(
+            model, reference, reward_score(), untrained, params.ensemble, thresholds["popen"]
+        )
+        score, correlation = fit_score(plain, run, asked)
+        run.log_metrics({"score/correlation": correlation})
+        run.say(f"preference score: correlation {correlation:.2f}, weights {score.to_dict()['weight']}")
+        attention = train_attention(model, score, run, thresholds["popen"], reference)
+        settings = Settings(thresholds["popen"], params.evaluate.max_new_tokens, params.ensemble)
+        write_bundle(BUNDLE, MODELS / "popen", MODELS / "sft", score, attention, settings)
+        run.curves(Path("artifacts/curves/calibrate.csv"))
+
+        ensemble = members.Ensemble(model, reference, score, attention, params.ensemble, thresholds["popen"])
+        table = []
+        compared = [(count, params.ensemble.mode) for count in SIZES]
+        compared += [
+            (params.ensemble.members, mode)
+            for mode in ("attention", "mean", "best", "probability")
+            if mode != params.ensemble.mode
+        ]
+        for count, mode in compared:
+            found = list(ensemble_answers(ensemble, params, asked, count, f"calibrate {mode} {count}", mode))
+            figures = rows(asked, [prediction(s, a, thresholds["popen"], t) for s, a, t in found])
+            table.append(
+                {
+                    "members": count,
+                    "mode": mode,
+                    "seconds": sum(seconds for _, _, seconds in found) / len(found),
+                    **{name: METRICS[name](figures) for name in ("gIoU", "gIoU_matched", "chair_s", "missing")},
+                }
+            )
+            run.say(str(table[-1]))
+        Path("metrics").mkdir(exist_ok=True)
+        Path("metrics/ensemble.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Stage `control`: SFT trained on, on its own corpus, for the steps and questions that alignment gets in all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from popen.stages.run import stage
+
+MODEL, OUT = Path("artifacts/models/sft"), Path("artifacts/models/control")
+
+
+def main() -> None:
+    with stage("control") as run:
+        from torch import Tensor, nn
+
+        from popen.model.batches import Batch
+        from popen.model.losses import sft_loss
+        from popen.model.segmenter import Segmenter
+        from popen.stages.learning import INDEX, both_stages, fit, image_plan, samples, sft_collate
+
+        params = run.params
+        model = Segmenter.load(MODEL)
+        model.tower.requires_grad_(False)
+
+        def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            return sft_loss(model(batch), batch, params.sft.loss)
+
+        train = both_stages(params.align.train)
+        plan = image_plan(samples("train"), train.questions, params.seed + 1)
+        fit(
+            run,
+            model,
+            train,
+            plan.item,
+            sft_collate(model, run, dense=False),
+            loss,
+            None,
+            [MODEL, INDEX / "train.jsonl"],
+            [params.sft.loss],
+        )
+        model.save(OUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Stage `evaluate@BENCHMARK-SYSTEM`: free-running answers of one system to one benchmark, and their metrics."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from popen.stages.run import stage
+
+
+def main(benchmark: str, system: str) -> None:
+    with stage(f"evaluate@{benchmark}-{system}") as run:
+        from popen.evaluation.answering import prediction
+        from popen.evaluation.benchmark import rows, summarise
+        from popen.evaluation.prediction import write_predictions
+        from popen.stages.learning import samples
+        from popen.stages.systems import system_answers, threshold
+
+        asked, level = samples(benchmark), threshold(system)
+        found = [
+            prediction(sample, answer, level, seconds)
+            for sample, answer, seconds in system_answers(system, run.params, asked, run.name)
+        ]
+        write_predictions(Path("artifacts/evaluate") / benchmark / system / "predictions.jsonl.gz", found)
+        summary = summarise(rows(asked, found))
+        out = Path("metrics") / benchmark / f"{system}.json"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        run.set_tags({"benchmark": benchmark, "system": system})
+        run.log_metrics({name: value for name, value in summary.items() if isinstance(value, int | float)})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

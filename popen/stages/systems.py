@@ -1,0 +1,63 @@
+"""Where each system's model lies, and how a system answers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from popen.data.images import open_image
+from popen.ensemble.members import Ensemble
+from popen.evaluation.answering import answers
+from popen.model.generate import Answer
+from popen.model.segmenter import Segmenter
+from popen.params import Params
+from popen.predict import load_ensemble
+from popen.samples import Sample
+from popen.stages.learning import MODELS
+
+PLAIN = ("sft", "control", "chosen", "popen")  # systems that are one model
+BUNDLE = MODELS / "popen+ensemble"
+THRESHOLDS = Path("artifacts/thresholds.json")
+
+
+def threshold(system: str) -> float:
+    """The mask threshold (a logit) that `calibrate` chose for a system on validation."""
+    return float(json.loads(THRESHOLDS.read_text(encoding="utf-8"))[system.removesuffix("+ensemble")])
+
+
+def ensemble_answers(
+    ensemble: Ensemble,
+    params: Params,
+    samples: Sequence[Sample],
+    count: int,
+    name: str,
+    mode: str | None = None,
+) -> Iterator[tuple[Sample, Answer, float]]:
+    """The ensemble's answers in the order of `samples`, with the seconds a question."""
+    size = max(1, params.evaluate.batch // 2)
+    with tqdm(total=len(samples), desc=name, unit="question", mininterval=2.0) as bar:
+        for start in range(0, len(samples), size):
+            part = samples[start : start + size]
+            began = time.perf_counter()
+            images = [open_image(Path(params.data.root), s.image, params.data.max_pixels) for s in part]
+            questions = [sample.question for sample in part]
+            seed = params.seed + start
+            found = ensemble.answer(images, questions, count, params.evaluate.max_new_tokens, seed, mode)
+            seconds = (time.perf_counter() - began) / len(part)
+            for sample, answer in zip(part, found, strict=True):
+                yield sample, answer, seconds
+            bar.update(len(part))
+
+
+def system_answers(
+    system: str, params: Params, samples: Sequence[Sample], name: str
+) -> Iterator[tuple[Sample, Answer, float]]:
+    """A system's answers in the order of `samples`."""
+    if system == "popen+ensemble":
+        return ensemble_answers(load_ensemble(BUNDLE)[0], params, samples, params.ensemble.members, name)
+    model = Segmenter.load(MODELS / system)
+    return answers(model, Path(params.data.root), samples, params.evaluate, params.data.max_pixels, name)
