@@ -132,7 +132,7 @@ class Encoder:
                 masks.append(mask_array(mask, self.size))
                 valid.append(keep)
         shape = (0, self.size, self.size)
-        labelled = [dense_labels(sample.objects, self.categories, self.size) for sample in dense]
+        labelled = [dense_labels(sample, self.categories, self.size) for sample in dense]
         return Batch(
             images=torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255,
             image_of_row=torch.tensor([row.image for row in rows]),

@@ -19,7 +19,7 @@ from popen.masks import Mask, decode
 from popen.model.decoder import Neck
 from popen.model.vision import Tower
 from popen.params import ModelParams
-from popen.samples import Region, Sample
+from popen.samples import Sample
 
 IGNORED = -100  # torch's label for "no loss here"
 
@@ -44,15 +44,15 @@ def categories_of(samples: Iterable[Sample]) -> list[str]:
     return sorted({thing.category for sample in samples for thing in sample.objects if thing.category})
 
 
-def dense_labels(objects: Sequence[Region], categories: Sequence[str], size: int) -> NDArray[np.int64]:
+def dense_labels(sample: Sample, categories: Sequence[str], size: int) -> NDArray[np.int64]:
     """Class of every pixel (size, size): 0 background, 1 + index in `categories`; smaller things on top.
 
-    Everything is IGNORED where the data set does not annotate the whole image (no objects).
+    What no object covers is IGNORED, not background, where the data set does not annotate the whole image:
+    ReasonSeg marks the answer alone, GranD_f what its caption mentions.
     """
-    if not objects:
-        return np.full((size, size), IGNORED, dtype=np.int64)
-    labels = np.zeros((size, size), dtype=np.int64)
-    decoded = [(mask_array(decode(thing.rle), size), thing.category) for thing in objects]
+    whole = sample.objects and sample.benchmark not in ("reasonseg", "grandf")
+    labels = np.full((size, size), 0 if whole else IGNORED, dtype=np.int64)
+    decoded = [(mask_array(decode(thing.rle), size), thing.category) for thing in sample.objects]
     for mask, category in sorted(decoded, key=lambda pair: -int(pair[0].sum())):
         labels[mask] = 1 + categories.index(category) if category in categories else IGNORED
     return labels

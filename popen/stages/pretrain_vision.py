@@ -35,7 +35,7 @@ def pretrain(run: Run) -> None:
 
     def collate(items: list[list[Sample]]) -> Pixels:
         opened = [open_image(root, item[0].image, params.data.max_pixels) for item in items]
-        labels = [dense_labels(item[0].objects, categories, size) for item in items]
+        labels = [dense_labels(item[0], categories, size) for item in items]
         return Pixels.of([image_array(image, size) for image in opened], labels)
 
     def loss(model: nn.Module, batch: Pixels) -> tuple[Tensor, dict[str, Tensor]]:

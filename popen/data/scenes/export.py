@@ -143,16 +143,16 @@ def _draw_muse(root: Path, params: ScenesParams, split: str, number: int) -> Dra
 def _references(scene: Scene, split: str, number: int, rng: np.random.Generator) -> list[Reference]:
     """What the three referring data sets ask about a scene.
 
-    To save space, an image of the training split goes to one of them: half of them to RefCOCO.
+    To save space, every second image of the training split goes to one of them: half of these to RefCOCO.
     """
+    if split == "preference" or (split == "train" and number % 2):
+        return []
     found = []
     things, sentences = (2, 2) if split == "train" else (2, 1)  # a picture, a thing
     datasets = {"refcoco": by_place, "refcoco+": by_look, "refcocog": in_a_sentence}
     if split == "train":
-        name = ("refcoco", "refcoco+", "refcoco", "refcocog")[number % 4]
+        name = ("refcoco", "refcoco+", "refcoco", "refcocog")[number // 2 % 4]
         datasets = {name: datasets[name]}
-    elif split == "preference":
-        return []
     for dataset, describe in datasets.items():
         picked = 0
         for thing in rng.permutation(len(scene.things)):
@@ -187,13 +187,12 @@ def _write_references(
         image_id = _image_id(split, number)
         name = _coco_name(split, number)
         images.append({"id": image_id, "file_name": name, "height": size, "width": size})
-        for reference in mine:
-            kind, box, area, rle = drawn.instances[reference.thing]
-            ann_id = image_id * 10 + reference.thing
+        for thing, (kind, box, area, rle) in enumerate(drawn.instances):  # referred to or not, as in COCO
             shared = {"image_id": image_id, "category_id": CATEGORY_IDS[kind]}
-            annotations.append(
-                {"id": ann_id, **shared, "bbox": box, "area": area, "iscrowd": 0, "segmentation": rle}
-            )
+            annotation = {"bbox": box, "area": area, "iscrowd": 0, "segmentation": rle}
+            annotations.append({"id": image_id * 10 + thing, **shared, **annotation})
+        for reference in mine:
+            ann_id = image_id * 10 + reference.thing
             said = [
                 {
                     "sent_id": sentences + place,
@@ -208,7 +207,8 @@ def _write_references(
                 {
                     "ref_id": len(refs),
                     "ann_id": ann_id,
-                    **shared,
+                    "image_id": image_id,
+                    "category_id": CATEGORY_IDS[drawn.instances[reference.thing][0]],
                     "split": reference.split,
                     "file_name": name.replace(".jpg", f"_{ann_id}.jpg"),
                     "sent_ids": [sentence["sent_id"] for sentence in said],
