@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+Level = Annotated[int, Field(ge=0)]
 
 
 class Group(BaseModel):
@@ -52,7 +53,7 @@ class VisionParams(Group):
     name: str  # an open_clip model ("ViT-L-14-336"), or "timm:resnet10t": a tower of that shape, untrained
     pretrained: str  # open_clip tag ("openai") or a file; empty: `pretrain_vision` trains it
     image_size: Positive
-    levels: list[Annotated[int, Field(ge=0)]]  # intermediate features that the decoder sees, coarse to fine (ViT: blocks)
+    levels: list[Level]  # intermediate features that the decoder sees, coarse to fine (ViT: blocks)
     shuffle: Positive  # image tokens given to the LM: shuffle x shuffle places become one token
 
     @property
@@ -78,7 +79,7 @@ class DecoderParams(Group):
     heads: Positive
     layers: Positive  # two-way blocks a scale
     tokens: Positive  # K, codebook tokens a scale; the number of scales S is len(vision.levels)
-    detail: int = Field(ge=0)  # channels of the stride-2 RGB branch; 0: none
+    detail: int = Field(ge=0)  # channels of the RGB branch; 0: none
 
 
 class ModelParams(Group):

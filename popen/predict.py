@@ -49,7 +49,12 @@ class Settings:
 
 
 def write_bundle(
-    folder: Path, model: Path, reference: Path, score: Score, attention: members.RefinementAttention, settings: Settings
+    folder: Path,
+    model: Path,
+    reference: Path,
+    score: Score,
+    attention: members.RefinementAttention,
+    settings: Settings,
 ) -> None:
     """Put a calibrated ensemble into one folder; `model` and `reference` are saved models."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -87,9 +92,14 @@ class Predictor:
             self.model = Segmenter.load(folder)
 
     def __call__(
-        self, image: Image.Image, question: str, members: int = 1, threshold: float | None = None, seed: int = 0
+        self,
+        image: Image.Image,
+        question: str,
+        members: int = 1,
+        threshold: float | None = None,
+        seed: int = 0,
     ) -> Prediction:
-        """Words and masks. `members` > 1 asks an ensemble; `threshold` (a logit) None means the calibrated one.
+        """Words and masks. `members` > 1 asks an ensemble; `threshold` None means the calibrated one.
 
         Raises ModelError for an ensemble of a plain model folder.
         """
@@ -97,7 +107,9 @@ class Predictor:
         if members == 1:
             answer = generate(self.model, [image], [Row(0, question)], self.length)[0]
         elif self.ensemble is None:
-            raise ModelError("this folder is a plain model without an ensemble; ask for one answer, or name a bundle")
+            raise ModelError(
+                "this folder is a plain model without an ensemble; ask for one answer, or name a bundle"
+            )
         else:
             answer = self.ensemble.answer([image], [question], members, self.length, seed)[0]
         asked = Sample("question", "", "", "", image.height, image.width, question, "", ())

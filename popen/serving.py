@@ -21,7 +21,7 @@ class RequestError(ValueError):
 
 
 def read_image(value: str) -> Image.Image:
-    """An image from the base64 text of its file, or from a path on the server. Raises RequestError, ImageError."""
+    """An image from its file's base64 text, or from a path on the server. Raises RequestError, ImageError."""
     if len(value) < 1024 and Path(value).is_file():
         path = Path(value).resolve()
         return open_image(path.parent, path.name, MAX_PIXELS)
@@ -32,7 +32,9 @@ def read_image(value: str) -> Image.Image:
                 raise RequestError(f"image: {image.width} x {image.height} pixels are more than {MAX_PIXELS}")
             return image.convert("RGB")
     except (ValueError, OSError) as error:
-        raise RequestError(f"image: neither the base64 text of an image nor a file on the server ({error})") from None
+        raise RequestError(
+            f"image: neither the base64 text of an image nor a file on the server ({error})"
+        ) from None
 
 
 class PopenModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]

@@ -1,4 +1,4 @@
-"""The one training loop, on `accelerate`: accumulation, clipping, checkpoints, a stop on a non-finite loss."""
+"""The one training loop, on `accelerate`: accumulation, clipping, checkpoints, a stop before a bad step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DivergedError(RuntimeError):
 
 
 class Items(Dataset[Any]):
-    """Item i of the whole run is a function of i alone, so a resumed run sees what an uninterrupted one would."""
+    """Item i of the run is a function of i alone: a resumed run sees what an uninterrupted one would."""
 
     def __init__(self, count: int, start: int, make: Callable[[int], Any]) -> None:
         self.count, self.start, self.make = count, start, make
@@ -100,8 +100,8 @@ def train(
                 value, parts = loss(prepared, batch)
                 if not torch.isfinite(value):
                     raise DivergedError(
-                        f"{name}: the loss is {value.item()} at step {step}: {_floats(parts)}; lower the learning rate"
-                        " or look at the data of this step"
+                        f"{name}: the loss is {value.item()} at step {step}: {_floats(parts)}; lower the "
+                        "learning rate or look at the data of this step"
                     )
                 accelerator.backward(value)
                 if accelerator.sync_gradients:

@@ -7,16 +7,16 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 
-from popen.masks import encode  # noqa: E402
-from popen.model.language import train_tokenizer  # noqa: E402
-from popen.model.segmenter import Segmenter  # noqa: E402
-from popen.params import DecoderParams, LanguageParams, ModelParams, VisionParams  # noqa: E402
-from popen.samples import Region, Sample  # noqa: E402
+from popen.masks import encode
+from popen.model.language import train_tokenizer
+from popen.model.segmenter import Segmenter
+from popen.params import DecoderParams, LanguageParams, ModelParams, VisionParams
+from popen.samples import Region, Sample
 
 CATEGORIES = ["cup", "fork"]
 

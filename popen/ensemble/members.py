@@ -1,4 +1,4 @@
-"""The ensemble at work: M members answer, the best text is kept, and the members' embeddings refine its masks.
+"""The ensemble at work: M members answer, the best text is kept, the members' embeddings refine its masks.
 
 1. Member 0 answers greedily from the clean image, the others sample from perturbed copies.
 2. Every answer is scored (`popen.ensemble.score`); the best one is the ensemble's text.
@@ -82,8 +82,12 @@ def implicit_rewards(
     questions: Sequence[str],
     answers: Sequence[Answer],
 ) -> list[float]:
-    """DPO's implicit reward of each answer without its beta: mean log pi - log pi_ref of its tokens, clean image."""
-    rows = [Row(i, question, answer.text) for i, (question, answer) in enumerate(zip(questions, answers, strict=True))]
+    """Each answer's implicit reward of DPO without its beta: mean log pi - log pi_ref of its tokens, clean
+    image."""
+    rows = [
+        Row(i, question, answer.text)
+        for i, (question, answer) in enumerate(zip(questions, answers, strict=True))
+    ]
     batch = model.encoder.batch(images, rows).to(model.device)
     counts = (batch.labels != IGNORED).sum(1).clamp(min=1)
     means = [token_logps(net(batch).logits, batch).sum(1) / counts for net in (model, reference)]
@@ -122,9 +126,7 @@ def align(
     return Aligned(batch, torch.stack(embeddings, dim=1), features, by_row[batch.row_of_target])
 
 
-def refine(
-    model: Segmenter, attention: RefinementAttention, aligned: Aligned, mode: str
-) -> Tensor:
+def refine(model: Segmenter, attention: RefinementAttention, aligned: Aligned, mode: str) -> Tensor:
     """Mask logits (N, H, W) of the kept answers.
 
     `mode`: "attention" (the method), "mean" of the embeddings, "best" (the best-scored member's
@@ -190,8 +192,6 @@ class Ensemble:
 
 def save(folder: Path, score: Score, attention: RefinementAttention) -> None:
     """Write score.json and attention.safetensors."""
-    import json
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "score.json").write_text(json.dumps(score.to_dict(), indent=1) + "\n", encoding="utf-8")
     save_file(attention.state_dict(), folder / "attention.safetensors")
@@ -199,8 +199,6 @@ def save(folder: Path, score: Score, attention: RefinementAttention) -> None:
 
 def load(folder: Path, model: Segmenter) -> tuple[Score, RefinementAttention]:
     """Read what `save` wrote."""
-    import json
-
     score = Score.from_dict(json.loads((folder / "score.json").read_text(encoding="utf-8")))
     attention = RefinementAttention(model.codebook.scales, model.params.decoder.width)
     attention.load_state_dict(load_file(folder / "attention.safetensors"))

@@ -29,7 +29,8 @@ def resize_logits(logits: Tensor, height: int, width: int) -> Tensor:
 
 
 def confidence(logits: Tensor, threshold: float) -> float:
-    """Mean probability of the pixels that count as the masks (N, H, W), averaged over the masks; 1 for none. Ours."""
+    """Mean probability of the pixels inside each of the masks (N, H, W), averaged over them; 1 for none
+    (ours)."""
     if not len(logits):
         return 1.0
     inside = (logits > threshold).flatten(1).float()

@@ -1,4 +1,4 @@
-"""Is the segmentation embedding more than a class code? Swap it for its class mean and see what is lost (ours).
+"""Is the segmentation embedding more than a class code? Swap it for its class mean: what is lost? (Ours.)
 
 Where one object of a kind is in an image, the class mean finds it as well. Where two share a kind, only an
 embedding that says *which one* can.
@@ -24,9 +24,10 @@ from popen.samples import Sample
 def class_mean_swap(
     model: Segmenter, root: Path, samples: Sequence[Sample], batch: int, max_pixels: int, threshold: float
 ) -> dict[str, float]:
-    """IoU of targets that share their kind with another object, true answers fed: own embedding and class mean.
+    """IoU of targets that share their kind with another object, with own embedding and with the class mean.
 
-    Returns {"targets", "iou", "iou_class_mean", "drop"}; IoUs in 0..1 at the model's mask size.
+    The true answers are fed. Returns {"targets", "iou", "iou_class_mean", "drop"}; IoUs in 0..1 at the
+    model's mask size.
     """
     asked = [sample for sample in samples if sample.targets]
     encoded, features, embeddings, kinds, shared = [], [], [], list[str](), list[bool]()

@@ -36,7 +36,8 @@ class Neck(nn.Module):
 
 
 class TwoWay(nn.Module):
-    """One two-way block: tokens attend to pixels, then pixels to tokens (Segment Anything's, without self-attention)."""
+    """Tokens attend to pixels, then pixels to tokens (Segment Anything's two-way block without
+    self-attention)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ PROMPT = "USER: <image>\n{question} ASSISTANT:"
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int) -> Any:
-    """A byte-level BPE tokenizer of at most `vocab` entries (before the special tokens), made from the corpus."""
+    """A byte-level BPE tokenizer of at most `vocab` entries, special tokens apart, made from the corpus."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -49,10 +49,11 @@ def build_language(params: LanguageParams, vocabulary: int, eos: int, pad: int, 
     `pretrained` loads a named LM's weights; without it only its config is read (the caller loads
     a saved state). Rows of the embedding that are new start at the mean of the old ones.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
     if params.name == "custom":
-        config = LlamaConfig(
+        config: Any = AutoConfig.for_model(
+            "llama",
             vocab_size=vocabulary,
             hidden_size=params.width,
             intermediate_size=params.intermediate,

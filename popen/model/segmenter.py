@@ -27,16 +27,14 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Output:
-    logits: (
-        Tensor  # (A, V): one row a token of the answers, in reading order; the A labels that are not IGNORED
-    )
+    logits: Tensor  # (A, V): one row a token of the answers (a label that is not IGNORED), in reading order
     embeddings: Tensor  # (N, S, C)
     masks: Tensor  # (N, H, W) logits
     dense: Tensor | None  # (B, 1 + categories, h, w) logits
 
 
 class Projector(nn.Module):
-    """Deepest features (B, width, h, w) -> image tokens (B, P, D), P = h w / shuffle^2: no patch is dropped."""
+    """Deepest features (B, width, h, w) -> image tokens (B, P, D), P = h w / shuffle^2, no patch dropped."""
 
     def __init__(self, width: int, shuffle: int, hidden: int) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ OWN = "timm:"  # prefix of a tower that starts untrained
 
 
 class Tower(nn.Module):
-    """images (B, 3, H, W) in [0, 1] -> features of each level, [(B, width, h, w)], in the order of `levels`."""
+    """Images (B, 3, H, W) in [0, 1] -> features of each level, [(B, width, h, w)], in `levels`' order."""
 
     mean: Tensor
     std: Tensor
@@ -52,7 +52,11 @@ def _build(params: VisionParams) -> nn.Module:
 
     if params.name.startswith(OWN):
         net = TimmModel(
-            params.name.removeprefix(OWN), embed_dim=1, image_size=params.image_size, pool="avg", proj="linear"
+            params.name.removeprefix(OWN),
+            embed_dim=1,
+            image_size=params.image_size,
+            pool="avg",
+            proj="linear",
         )
         net.trunk.prune_intermediate_layers(params.levels, prune_head=True)
         net.head = nn.Identity()

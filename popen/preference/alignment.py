@@ -32,11 +32,8 @@ class PreferenceBatch:
     target_of_pair: Tensor  # (P,) index into the batch's N targets
 
     def to(self, device: torch.device | str) -> PreferenceBatch:
-        pairs = MaskPairs(
-            **{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self.pairs).items()}
-        )
         moved = {k: v.to(device) for k, v in vars(self).items() if k != "pairs"}
-        return PreferenceBatch(pairs=pairs, **moved)
+        return PreferenceBatch(pairs=self.pairs.to(device), **moved)
 
 
 def chosen_rows(pairs: Sequence[TextPair]) -> list[Row]:
@@ -48,7 +45,7 @@ def chosen_rows(pairs: Sequence[TextPair]) -> list[Row]:
 
 
 def collate_chosen(model: Segmenter, root: Path, max_pixels: int) -> Callable[[Sequence[TextPair]], Batch]:
-    """A function: text pairs -> their corrected answers alone, as a supervised batch (the control `chosen`)."""
+    """A function: text pairs -> a supervised batch of their corrected answers (the control `chosen`)."""
 
     def make(pairs: Sequence[TextPair]) -> Batch:
         return model.encoder.batch(

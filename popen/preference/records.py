@@ -1,7 +1,7 @@
-"""The files in which preference data lie: answers in words, pairs of masks, and the reference's values for both.
+"""The files of the preference data: answers in words, pairs of masks, and the reference's values for both.
 
-The reference (the SFT model) is frozen, so what it says about a pair is computed once, by the stage that makes
-the pair; training needs no second model.
+The reference (the SFT model) is frozen, so what it says about a pair is computed once, by the stage that
+makes the pair; training needs no second model.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read_text_pairs(path: Path) -> Iterator[TextPair]:
 
 @dataclass(frozen=True)
 class MaskPairs:
-    """P_s: for targets of corrected answers, a better and a worse embedding and mask from perturbed images."""
+    """P_s: for targets of corrected answers, a better and a worse embedding and mask (perturbed images)."""
 
     uids: list[str]  # P
     targets: list[int]  # P: which {seg} of the corrected answer
@@ -71,9 +71,7 @@ class MaskPairs:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            name: value.contiguous() for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
+        tensors = {name: value.contiguous() for name, value in self._tensors().items()}
         save_file(tensors, folder / "pairs.safetensors")
         (folder / "pairs.json").write_text(
             json.dumps({"uids": self.uids, "targets": self.targets}), encoding="utf-8"
@@ -82,7 +80,7 @@ class MaskPairs:
     @classmethod
     def load(cls, folder: Path) -> MaskPairs:
         names = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
-        return cls(**names, **load_file(folder / "pairs.safetensors"))
+        return cls(names["uids"], names["targets"], **load_file(folder / "pairs.safetensors"))
 
     def of_uid(self) -> dict[str, list[int]]:
         """Sample uid -> its pairs' numbers."""
@@ -94,5 +92,12 @@ class MaskPairs:
     def pick(self, numbers: list[int]) -> MaskPairs:
         """The pairs of these numbers, in this order."""
         index = torch.tensor(numbers, dtype=torch.long)
-        tensors = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors = {name: value[index] for name, value in self._tensors().items()}
         return MaskPairs([self.uids[n] for n in numbers], [self.targets[n] for n in numbers], **tensors)
+
+    def to(self, device: torch.device | str) -> MaskPairs:
+        tensors = {name: value.to(device) for name, value in self._tensors().items()}
+        return MaskPairs(self.uids, self.targets, **tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}

@@ -32,7 +32,7 @@ def text_pairs(
     max_pixels: int,
     seed: int,
 ) -> Iterator[TextPair]:
-    """P_t: of `params.samples` sampled answers to a question, the first wrong one (else the first), corrected."""
+    """P_t: of `params.samples` answers a question, the first wrong one (else the first), corrected."""
     encoder = model.encoder
     for start in tqdm(range(0, len(samples), batch), desc="text_preferences", unit="batch", mininterval=2.0):
         part = samples[start : start + batch]

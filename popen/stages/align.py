@@ -1,4 +1,4 @@
-"""Stage `align@coarse|fine`: L_pre on the preference data. Coarse starts from SFT, fine from coarse and is POPEN."""
+"""Stage `align@coarse|fine`: L_pre on the preference data. Coarse starts from SFT, fine from coarse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `control`: SFT trained on, on its own corpus, for the steps and questions that alignment gets in all."""
+"""Stage `control`: SFT trained on, on its own corpus, for the steps and questions that alignment gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `evaluate@BENCHMARK-SYSTEM`: free-running answers of one system to one benchmark, and their metrics."""
+"""Stage `evaluate@BENCHMARK-SYSTEM`: free-running answers of a system to a benchmark, and their metrics."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What the training stages share: their inputs, their batches, and the training loop with its surroundings."""
+"""What the training stages share: their inputs, their batches, and what surrounds the training loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from popen.preference.records import TextPair
 from popen.samples import Sample, read_index
 from popen.stages.run import Run
 from popen.training import Loss, train
+
+Pair = TypeVar("Pair", Sample, TextPair)
 
 INDEX = Path("artifacts/index")
 MODELS = Path("artifacts/models")
@@ -82,8 +84,8 @@ def validation(
     return evaluate
 
 
-def pair_plan(pairs: Sequence[TextPair], seed: int) -> Callable[[int], TextPair]:
-    """Item number -> a pair; every pair comes once an epoch, in an order of the seed's."""
+def pair_plan(pairs: Sequence[Pair], seed: int) -> Callable[[int], Pair]:
+    """Item number -> a question; each comes once an epoch, in an order of the seed's."""
     plan = Plan(pairs, 1, seed, key=lambda pair: pair.uid)
     return lambda index: plan.item(index)[0]
 
@@ -104,7 +106,7 @@ def fit(
     inputs: Iterable[Path],
     settings: Iterable[object],
 ) -> None:
-    """Train with checkpoints keyed by everything that shapes the result, log the curves, clear the checkpoints.
+    """Train with checkpoints keyed by all that shapes the result, log the curves, clear the checkpoints.
 
     `inputs` are files or folders, `settings` the further parameter groups that the stage depends on.
     """

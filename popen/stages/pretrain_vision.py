@@ -1,7 +1,8 @@
-"""Stage `pretrain_vision`: a tower of our own learns to name every pixel. Nothing to do where one is named."""
+"""Stage `pretrain_vision`: a tower of our own learns to name every pixel; a named one needs none of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from popen.stages.run import Run, stage
@@ -33,7 +34,7 @@ def pretrain(run: Run) -> None:
     torch.manual_seed(params.seed)
     model = DenseTower(params.model, categories)
 
-    def collate(items: list[list[Sample]]) -> Pixels:
+    def collate(items: Sequence[list[Sample]]) -> Pixels:
         opened = [open_image(root, item[0].image, params.data.max_pixels) for item in items]
         labels = [dense_labels(item[0], categories, size) for item in items]
         return Pixels.of([image_array(image, size) for image in opened], labels)
