@@ -27,9 +27,11 @@ def class_mean_swap(
     """IoU of targets that share their kind with another object, with own embedding and with the class mean.
 
     The true answers are fed. Returns {"targets", "iou", "iou_class_mean", "drop"}; IoUs in 0..1 at the
-    model's mask size.
+    model's mask size; {"targets": 0.0} alone where no target shares its kind.
     """
     asked = [sample for sample in samples if sample.targets]
+    if not any(_twins(sample) for sample in asked):
+        return {"targets": 0.0}
     encoded, features, embeddings, kinds, shared = [], [], [], list[str](), list[bool]()
     for start in tqdm(range(0, len(asked), batch), desc="class means", unit="batch", mininterval=2.0):
         part = asked[start : start + batch]
@@ -39,9 +41,9 @@ def class_mean_swap(
         features.append(model.tower(encoded[-1].images))
         embeddings.append(model(encoded[-1], features[-1]).embeddings)
         for sample in part:
-            present = Counter(thing.category for thing in sample.objects)
+            twins = _twins(sample)
             kinds += [target.category for target in sample.targets]
-            shared += [present[target.category] > 1 for target in sample.targets]
+            shared += [target.category in twins for target in sample.targets]
     every = torch.cat(embeddings)
     means = {kind: every[[k == kind for k in kinds]].mean(0) for kind in set(kinds)}
     swapped = torch.stack([means[kind] for kind in kinds]).split([len(e) for e in embeddings])
@@ -57,3 +59,9 @@ def class_mean_swap(
         out[name] = float(torch.cat(ious)[torch.tensor(shared)].mean())
     out["drop"] = out["iou"] - out["iou_class_mean"]
     return out
+
+
+def _twins(sample: Sample) -> set[str]:
+    """Kinds of targets that the image holds more than once."""
+    present = Counter(thing.category for thing in sample.objects)
+    return {target.category for target in sample.targets if present[target.category] > 1}
