@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 T = TypeVar("T")
 
 
+class PlanError(ValueError):
+    """There is nothing to draw from; the message says where to look."""
+
+
 class Plan(Generic[T]):
     """Item i is one group (an image) with up to `count` of its members; every group comes once an epoch."""
 
@@ -20,7 +24,7 @@ class Plan(Generic[T]):
         for member in members:
             groups.setdefault(key(member), []).append(member)
         if not groups:
-            raise ValueError("nothing to train on; look at the roles of `data.splits` in params.yaml")
+            raise PlanError("nothing to train on; look at the roles of `data.splits` in params.yaml")
         self.groups = list(groups.values())
         self.count, self.seed = count, seed
         self._order = lru_cache(maxsize=2)(self._shuffle)

@@ -21,6 +21,10 @@ from popen.preference.text import changed_spans, correct
 from popen.samples import Sample
 
 
+class PairsError(ValueError):
+    """No preference data can be made; the message says which parameters to change."""
+
+
 @torch.no_grad()
 def text_pairs(
     model: Segmenter,
@@ -84,7 +88,8 @@ def mask_pairs(
     """P_s: K perturbed images answer with the corrected text; each target's masks are ranked by IoU.
 
     `stage` "coarse" pairs high with low, "fine" high with medium. Masks are ranked as the perturbed images'
-    own features decode them; a winner must beat the clean image's mask.
+    own features decode them; a winner must beat the clean image's mask. Raises PairsError where no target
+    gives a pair.
     """
     asked = [pair for pair in pairs if pair.targets]
     copies = params.perturbed
@@ -136,7 +141,7 @@ def mask_pairs(
             for name, value in values.items():
                 kept.setdefault(name, []).append(value.cpu())
     if not uids:
-        raise ValueError(
+        raise PairsError(
             f"mask_preferences@{stage}: no target gives a pair; raise mask_preferences.sigma or .area_ratio,"
             " or lower .margin"
         )
