@@ -1,0 +1,61 @@
+"""What the documentation tells a reader to type exists: parameters, splits, make targets, linked pages."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from popen.data.tree import parse
+from popen.params import load
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+
+
+def experiments() -> list[list[str]]:
+    """The overrides (-S) of every `dvc exp run` in the code blocks of the pages."""
+    blocks = "\n".join(
+        block for text in TEXTS.values() for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+    )
+    commands = [shlex.split(line) for line in blocks.replace("\\\n", " ").splitlines() if "exp run" in line]
+    return [[word for flag, word in pairwise(words) if flag == "-S"] for words in commands]
+
+
+@pytest.mark.parametrize("overrides", experiments(), ids=lambda words: f"{len(words)} overrides")
+def test_documented_experiments_are_valid_parameters(overrides: list[str], tmp_path: Path) -> None:
+    from dvc.utils.hydra import apply_overrides
+
+    path = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+    apply_overrides(str(path), overrides)
+    params = load(path)
+    assert overrides
+    assert params != load(ROOT / "params.yaml")
+    assert set(params.benchmarks) <= params.data.splits.keys()
+    for specs in params.data.splits.values():
+        assert all(parse(spec) for spec in specs)
+
+
+def test_the_street_example_is_among_them() -> None:
+    assert any("benchmarks=[muse_test]" in overrides for overrides in experiments())
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_make_targets_exist(name: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"`?make ([a-z]+)`", TEXTS[name]):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_linked_pages_exist(name: str) -> None:
+    folder = ROOT if name == "README.md" else ROOT / "docs"
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXTS[name])
+    for link in links:
+        if not link.endswith(".png"):
+            assert (folder / link).is_file(), link
