@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# How libraries whose errors have no number word it: safetensors, then torch.save, which does not know why
+# a write failed; a full disk is the likely cause.
+_WORDS = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
 
 
 def is_full(error: BaseException) -> bool:
     """Whether an error means that the disk (or the quota) is full, also as other libraries word it."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
-    return "No space left on device" in str(error)  # safetensors and torch raise errors of their own
+    return any(words in str(error) for words in _WORDS)
 
 
 def explain(error: BaseException) -> str | None:

@@ -66,10 +66,10 @@ def write_bundle(
 
 def load_ensemble(folder: Path) -> tuple[Ensemble, Settings]:
     """The ensemble of a bundle. Raises ModelError where a part is missing."""
-    try:
-        settings = Settings.from_json((folder / "settings.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: no bundle here (settings.json is missing); run `make repro`") from None
+    for name in ("settings.json", "score.json", "attention.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder}: no whole bundle here ({name} is missing); run `make repro`")
+    settings = Settings.from_json((folder / "settings.json").read_text(encoding="utf-8"))
     model, reference = Segmenter.load(folder / "model"), Segmenter.load(folder / "reference")
     score, attention = members.load(folder, model)
     if settings.ensemble.score == "reward":

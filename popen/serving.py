@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import mlflow
 import pandas as pd
 from PIL import Image
 
-from popen.data.images import open_image
+from popen.data.images import decode_image, open_image
 
 MAX_PIXELS = 40_000_000  # as `data.max_pixels` of the pipeline
 
@@ -22,19 +21,20 @@ class RequestError(ValueError):
 
 def read_image(value: str) -> Image.Image:
     """An image from its file's base64 text, or from a path on the server. Raises RequestError, ImageError."""
-    if len(value) < 1024 and Path(value).is_file():
+    try:
+        on_disk = len(value) < 1024 and Path(value).is_file()
+    except OSError:  # base64 text may be too long for a file's name
+        on_disk = False
+    if on_disk:
         path = Path(value).resolve()
         return open_image(path.parent, path.name, MAX_PIXELS)
     try:
         data = base64.b64decode(value, validate=True)
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise RequestError(f"image: {image.width} x {image.height} pixels are more than {MAX_PIXELS}")
-            return image.convert("RGB")
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise RequestError(
             f"image: neither the base64 text of an image nor a file on the server ({error})"
         ) from None
+    return decode_image(data, "image", MAX_PIXELS)
 
 
 class PopenModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]

@@ -22,6 +22,42 @@ class DivergedError(RuntimeError):
     """The loss stopped being a finite number."""
 
 
+class Curve:
+    """What is logged: means over the micro-batches since the last point of a name.
+
+    It is a part of every checkpoint, and a run that goes on logs its past again: its curve is whole.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+        self.points: list[tuple[int, dict[str, float]]] = []
+        self.sums: dict[str, tuple[float, int]] = {}  # name -> sum and count: not every batch has every name
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """The figures of one micro-batch."""
+        for name, value in parts.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = total + float(value), count + 1
+
+    def means(self) -> dict[str, float]:
+        """The means so far; the next ones start anew."""
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        return means
+
+    def point(self, values: dict[str, float], step: int) -> None:
+        self.points.append((step, values))
+        self.log(values, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"points": self.points, "sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.points, self.sums = state["points"], state["sums"]
+        for step, values in self.points:
+            self.log(values, step)
+
+
 class Items(Dataset[Any]):
     """Item i of the run is a function of i alone: a resumed run sees what an uninterrupted one would."""
 
@@ -55,7 +91,7 @@ def train(
         checkpoints: a `popen.checkpoints.Checkpoints`; training goes on from the last complete one.
         evaluate: called every `params.eval_every` steps and at the end; what it returns is logged.
 
-    Raises DivergedError before the optimiser step of a loss that is not finite.
+    Raises DivergedError before the optimiser step when the loss or its gradient is not finite.
     """
     from accelerate import Accelerator
     from transformers import get_cosine_schedule_with_warmup
@@ -75,7 +111,8 @@ def train(
     schedule = get_cosine_schedule_with_warmup(
         optimizer, math.ceil(params.warmup * params.steps), params.steps
     )
-    accelerator.register_for_checkpointing(schedule)
+    curve = Curve(log)
+    accelerator.register_for_checkpointing(schedule, curve)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     found: tuple[int, Path] | None = checkpoints.latest()
     done = 0
@@ -88,44 +125,38 @@ def train(
         Items(params.steps * a_step, done * a_step, item),
         batch_size=params.images,
         collate_fn=lambda items: collate(items).to(accelerator.device),
+        generator=torch.Generator(),  # its own: drawing from the global one would shift a resumed run's draws
     )
     loader = accelerator.prepare(loader)
     prepared.train()
-    step, sums, count = done, dict[str, float](), 0
+    step = done
     with tqdm(
         total=params.steps, initial=done, desc=name, unit="step", mininterval=2.0, dynamic_ncols=True
     ) as bar:
         for batch in loader:
             with accelerator.accumulate(prepared):
                 value, parts = loss(prepared, batch)
-                if not torch.isfinite(value):
-                    raise DivergedError(
-                        f"{name}: the loss is {value.item()} at step {step}: {_floats(parts)}; lower the "
-                        "learning rate or look at the data of this step"
-                    )
+                _stop_unless_finite(value, "loss", parts, name, step)
                 accelerator.backward(value)
                 if accelerator.sync_gradients:
                     parts["grad_norm"] = accelerator.clip_grad_norm_(trainable, params.clip)
+                    _stop_unless_finite(parts["grad_norm"], "gradient's norm", parts, name, step)
                 optimizer.step()
                 optimizer.zero_grad()
-            for key, part in {"loss": value.detach(), **parts}.items():
-                sums[key] = sums.get(key, 0.0) + float(part)
-            count += 1
+            curve.add({"loss": value.detach(), **parts})
             if not accelerator.sync_gradients:
                 continue
             schedule.step()
             step += 1
             bar.update()
             if step % 10 == 0 or step == params.steps:
-                means = {key: total / count for key, total in sums.items()}
+                means = curve.means() | {"lr": schedule.get_last_lr()[0]}
                 bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-                means["lr"] = schedule.get_last_lr()[0]
-                log({f"train/{key}": value for key, value in means.items()}, step)
-                sums, count = {}, 0
+                curve.point({f"train/{key}": mean for key, mean in means.items()}, step)
             if evaluate is not None and (step % params.eval_every == 0 or step == params.steps):
                 prepared.eval()
                 figures = evaluate()
-                log(figures, step)
+                curve.point(figures, step)
                 tqdm.write(f"{name} step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()))
                 prepared.train()
             if step % params.checkpoint_every == 0 and step < params.steps:
@@ -133,5 +164,10 @@ def train(
     model.eval()
 
 
-def _floats(parts: dict[str, Tensor]) -> dict[str, float]:
-    return {name: round(float(value), 4) for name, value in parts.items()}
+def _stop_unless_finite(value: Tensor, what: str, parts: dict[str, Tensor], name: str, step: int) -> None:
+    if not torch.isfinite(value):
+        figures = {key: round(float(part), 4) for key, part in parts.items()}
+        raise DivergedError(
+            f"{name}: the {what} is {value.item()} at step {step}: {figures}; lower the learning rate or "
+            "look at the data of this step"
+        )

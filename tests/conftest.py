@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,13 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from popen.masks import encode
+from popen.masks import decode, encode
+from popen.model.batches import Row
 from popen.model.language import train_tokenizer
+from popen.model.losses import sft_loss
 from popen.model.segmenter import Segmenter
-from popen.params import DecoderParams, LanguageParams, ModelParams, VisionParams
+from popen.params import DecoderParams, LanguageParams, ModelParams, SftWeights, VisionParams
 from popen.samples import Region, Sample
 
 CATEGORIES = ["cup", "fork"]
+COLOURS = {"cup": (200, 40, 40), "fork": (40, 60, 190)}
+WEIGHTS = SftWeights(ce=1.0, bce=2.0, dice=0.5, refine=1.0, dense=0.0)
 
 
 def mini_params() -> ModelParams:
@@ -74,3 +79,56 @@ def sample() -> Sample:
         targets=(cup, fork),
         objects=(cup, fork),
     )
+
+
+def draw(root: Path, number: int) -> Sample:
+    """A red square, the cup, beside a blue one, the fork; every second question asks for the cup alone."""
+    cup = square(3 + 3 * (number % 2), 2 + 2 * (number // 2), 10)
+    fork = Region("the fork", "fork", square(18, 19 - 2 * number, 9).rle)
+    pixels = np.full((32, 32, 3), 230, dtype=np.uint8)
+    for thing in (cup, fork):
+        pixels[decode(thing.rle)] = COLOURS[thing.category]
+    image = f"images/{number}.png"
+    (root / "images").mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(root / image)
+    both = number % 2 == 0
+    return Sample(
+        uid=f"muse/train/{number}/0",
+        benchmark="muse",
+        split="train",
+        image=image,
+        height=32,
+        width=32,
+        question="What could I use?" if both else "What could I drink from?",
+        answer="It is the cup {seg} and the fork {seg}." if both else "It is the cup {seg}.",
+        targets=(cup, fork) if both else (cup,),
+        objects=(cup, fork),
+    )
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Sample]]:
+    """A data root with four drawn images, and a question about each."""
+    root = tmp_path_factory.mktemp("data")
+    return root, [draw(root, number) for number in range(4)]
+
+
+@pytest.fixture(scope="session")
+def taught(data: tuple[Path, list[Sample]]) -> Segmenter:
+    """A miniature model that knows the four questions by heart. Shared: copy it before you change it."""
+    root, samples = data
+    torch.manual_seed(0)
+    texts = [f"USER: {sample.question} ASSISTANT: {sample.answer}" for sample in samples]
+    model = Segmenter(mini_params(), train_tokenizer(texts, 300), CATEGORIES).train()
+    rows = [
+        Row(index, sample.question, sample.answer, [decode(target.rle) for target in sample.targets])
+        for index, sample in enumerate(samples)
+    ]
+    batch = model.encoder.batch([Image.open(root / sample.image) for sample in samples], rows)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    for _ in range(45):  # enough for the words, not for perfect masks
+        loss, _ = sft_loss(model(batch), batch, WEIGHTS)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()

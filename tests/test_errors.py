@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 
+import pytest
+import torch
+
 from popen.errors import explain, is_full
 from popen.params import ParamsError
 
@@ -23,6 +26,10 @@ def test_a_full_disk_is_recognised_in_every_wording() -> None:
     assert is_full(disk_full())
     assert is_full(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)))
     assert is_full(RuntimeError("I/O error: No space left on device (os error 28)"))
+    for content in ({"weights": torch.zeros(100_000)}, {"step": 1}):  # it fails in writing, or in closing
+        with pytest.raises(RuntimeError) as caught:
+            torch.save(content, "/dev/full")
+        assert is_full(caught.value)
     assert not is_full(RuntimeError("shape mismatch"))
     assert not is_full(PermissionError(errno.EACCES, "denied"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,22 +30,21 @@ def locate(root: Path, relative: str) -> Path:
 
 
 @contextmanager
-def _header(root: Path, relative: str) -> Iterator[Image.Image]:
-    """Pillow's lazy image: the header is read, no pixel is decoded."""
-    path = locate(root, relative)
+def _header(source: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
+    """Pillow's lazy image: the header is read, no pixel is decoded. `name` is for the messages."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(source, formats=FORMATS) as image:
             yield image
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{relative}: far too large to decode ({error}); scale it down") from None
+        raise ImageError(f"{name}: far too large to decode ({error}); scale it down") from None
     except (OSError, SyntaxError, EOFError, struct.error) as error:
         # Pillow's plugins raise all of these on damaged files.
-        raise ImageError(f"{relative}: not a readable image ({error}); fetch or convert it again") from None
+        raise ImageError(f"{name}: not a readable image ({error}); fetch or convert it again") from None
 
 
 def image_size(root: Path, relative: str) -> tuple[int, int]:
     """(height, width) from the header alone. Raises ImageError."""
-    with _header(root, relative) as image:
+    with _header(locate(root, relative), relative) as image:
         return image.height, image.width
 
 
@@ -54,10 +54,19 @@ def open_image(root: Path, relative: str, max_pixels: int) -> Image.Image:
     Raises ImageError on a path that leaves `root`, a file that is missing, damaged or truncated, and
     on more than `max_pixels` pixels, which the header tells before anything is decoded.
     """
-    with _header(root, relative) as image:
+    return _decoded(locate(root, relative), relative, max_pixels)
+
+
+def decode_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """`open_image` for the bytes of a file that has no path; `name` stands for it in the messages."""
+    return _decoded(io.BytesIO(data), name, max_pixels)
+
+
+def _decoded(source: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
+    with _header(source, name) as image:
         if image.width * image.height > max_pixels:
             raise ImageError(
-                f"{relative}: {image.width} x {image.height} pixels are more than the {max_pixels} allowed; "
+                f"{name}: {image.width} x {image.height} pixels are more than the {max_pixels} allowed; "
                 "scale it down or raise data.max_pixels"
             )
         return image.convert("RGB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -61,16 +62,16 @@ def generate(
     used = batch.images if pixels is None else pixels.to(model.device)
     features = model.tower(used)
     codebook = model.tokenizer.convert_tokens_to_ids(model.encoder.codebook)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:  # from the whole distribution: without top_k transformers takes the best 50
+        sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         output = model.causal.generate(
             inputs_embeds=model.embed(batch.input_ids, features, batch.image_of_row),
             attention_mask=batch.attention_mask,
             max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature if temperature > 0 else None,
-            top_k=None,
-            top_p=None,
+            **sampling,
             logits_processor=LogitsProcessorList([WholeTargets(codebook, model.encoder.image_id)]),
             return_dict_in_generate=True,
             output_hidden_states=True,

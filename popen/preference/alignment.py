@@ -125,7 +125,7 @@ def preference_loss(
 def align_loss(
     params: AlignParams, weights: SftWeights
 ) -> Callable[[nn.Module, PreferenceBatch], tuple[Tensor, dict]]:
-    """L_pre with the anchor on the corrected answers and their masks (`anchor_data: chosen`)."""
+    """L_pre with the anchor on the corrected answers and their masks."""
 
     def loss(model: nn.Module, batch: PreferenceBatch) -> tuple[Tensor, dict]:
         output = model(batch.batch)

@@ -47,9 +47,10 @@ def write_text_pairs(path: Path, pairs: Iterable[TextPair]) -> int:
 
 
 def read_text_pairs(path: Path) -> Iterator[TextPair]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        yield TextPair(**(record | {"targets": tuple(Region(**region) for region in record["targets"])}))
+    with path.open(encoding="utf-8") as file:  # not str.splitlines, which also splits at U+2028 and the like
+        for line in file:
+            record = json.loads(line)
+            yield TextPair(**(record | {"targets": tuple(Region(**region) for region in record["targets"])}))
 
 
 @dataclass(frozen=True)

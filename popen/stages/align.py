@@ -32,8 +32,8 @@ def main(part: str) -> None:
             None,
             [start, TEXT_PAIRS, masks],
             [params.align, params.sft.loss],
+            lambda: model.save(out),
         )
-        model.save(out)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def main() -> None:
             None,
             [MODEL, TEXT_PAIRS],
             [params.sft.loss],
+            lambda: model.save(OUT),
         )
-        model.save(OUT)
 
 
 if __name__ == "__main__":

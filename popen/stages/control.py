@@ -37,8 +37,8 @@ def main() -> None:
             None,
             [MODEL, INDEX / "train.jsonl"],
             [params.sft.loss],
+            lambda: model.save(OUT),
         )
-        model.save(OUT)
 
 
 if __name__ == "__main__":

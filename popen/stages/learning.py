@@ -105,13 +105,16 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None,
     inputs: Iterable[Path],
     settings: Iterable[object],
+    save: Callable[[], None],
 ) -> None:
-    """Train with checkpoints keyed by all that shapes the result, log the curves, clear the checkpoints.
+    """Train with checkpoints keyed by all that shapes the result, log the curves, save the result.
 
-    `inputs` are files or folders, `settings` the further parameter groups that the stage depends on.
+    `inputs` are files or folders, `settings` the further parameter groups that the stage depends on. The
+    checkpoints are removed only when `save` has written the result: a full disk then costs no training.
     """
     key = fingerprint(run.name, run.params.seed, params, *settings, [digest(path) for path in inputs])
     checkpoints = Checkpoints(run.home / ".checkpoints" / f"{run.name}-{key}")
     train(model, params, item, collate, loss, run.log_metrics, checkpoints, run.name, evaluate)
     run.curves(Path("artifacts/curves") / f"{run.name.replace('@', '_')}.csv")
+    save()
     checkpoints.clear()

@@ -25,7 +25,7 @@ def main(part: str) -> None:
             texts,
             params.mask_preferences,
             part,
-            params.evaluate.batch // 2,
+            max(1, params.evaluate.batch // 2),
             params.data.max_pixels,
             params.seed,
         )

@@ -54,8 +54,18 @@ def pretrain(run: Run) -> None:
 
     plan = image_plan(annotated, params.pretrain_vision.questions, params.seed)
     inputs = [INDEX / "train.jsonl", INDEX / "val.jsonl"]
-    fit(run, model, params.pretrain_vision, plan.item, collate, loss, evaluate, inputs, [params.model])
-    save_file(model.state_dict(), OUT / "model.safetensors")
+    fit(
+        run,
+        model,
+        params.pretrain_vision,
+        plan.item,
+        collate,
+        loss,
+        evaluate,
+        inputs,
+        [params.model],
+        lambda: save_file(model.state_dict(), OUT / "model.safetensors"),
+    )
 
 
 def main() -> None:

@@ -51,8 +51,8 @@ def main() -> None:
             validation(model, run, samples("val"), params.sft.loss),
             [VISION, INDEX / "train.jsonl", INDEX / "val.jsonl"],
             [params.model, params.sft],
+            lambda: model.save(OUT),
         )
-        model.save(OUT)
 
 
 if __name__ == "__main__":

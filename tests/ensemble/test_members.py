@@ -1,0 +1,221 @@
+"""The ensemble at work on a miniature model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from popen.ensemble.attention import RefinementAttention
+from popen.ensemble.members import (
+    Aligned,
+    Ensemble,
+    Members,
+    align,
+    ask,
+    implicit_rewards,
+    load,
+    refine,
+    save,
+)
+from popen.ensemble.score import FEATURES, Score, mask_confidence, reward_score
+from popen.model.batches import Row
+from popen.model.generate import generate
+from popen.model.losses import token_logps
+from popen.model.segmenter import Segmenter
+from popen.params import EnsembleParams
+from popen.samples import Sample
+
+PARAMS = EnsembleParams(
+    members=3, mode="attention", score="calibrated", temperature=1.0, sigma=0.6, side=(0.3, 0.6), steps=1
+)
+MODES = ("attention", "mean", "best", "probability")
+LENGTH = 24
+
+
+def by(name: str, sign: float = 1.0) -> Score:
+    """A score that is one feature."""
+    return Score(FEATURES, (0.0,) * 3, (1.0,) * 3, tuple(sign * (feature == name) for feature in FEATURES))
+
+
+@pytest.fixture(scope="module")
+def asked(data: tuple[Path, list[Sample]]) -> tuple[list[Image.Image], list[str]]:
+    root, samples = data
+    return [Image.open(root / sample.image) for sample in samples[:3]], [s.question for s in samples[:3]]
+
+
+Asked = tuple[list[Image.Image], list[str]]
+
+
+def say(model: Segmenter, asked: Asked, members: int = 3, seed: int = 0, reference: object = None) -> Members:
+    other = reference if isinstance(reference, Segmenter) else model
+    return ask(model, other, *asked, PARAMS, members, LENGTH, 0.0, seed)
+
+
+def ensemble(model: Segmenter, score: Score | None = None, **changes: object) -> Ensemble:
+    attention = RefinementAttention(model.codebook.scales, model.params.decoder.width)
+    params = PARAMS.model_copy(update=changes)
+    return Ensemble(model, model, score or by("logp"), attention, params, 0.0)
+
+
+def opened(model: Segmenter) -> RefinementAttention:
+    """An attention that was trained: gate open, affinities anything."""
+    torch.manual_seed(0)
+    attention = RefinementAttention(model.codebook.scales, model.params.decoder.width)
+    with torch.no_grad():
+        attention.gate.fill_(0.7)
+        attention.affinity.normal_(std=0.3)
+    return attention
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_ensemble_of_one_is_the_plain_greedy_answer(taught: Segmenter, asked: Asked, mode: str) -> None:
+    images, questions = asked
+    plain = generate(taught, images, [Row(i, question) for i, question in enumerate(questions)], LENGTH)
+    found = ensemble(taught).answer(images, questions, 1, LENGTH, seed=3, mode=mode)
+    for one, other in zip(found, plain, strict=True):
+        assert (one.text, one.token_ids, one.logp) == (other.text, other.token_ids, other.logp)
+        torch.testing.assert_close(one.embeddings, other.embeddings, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(one.masks.sigmoid(), other.masks.sigmoid(), atol=1e-4, rtol=1e-3)
+
+
+def test_untrained_attention_leaves_the_clean_masks(taught: Segmenter, asked: Asked) -> None:
+    images, questions = asked
+    certain = by("logp")  # the greedy answer of so sure a model is the likeliest
+    found = ensemble(taught, certain).answer(images, questions, 3, LENGTH, seed=0)
+    plain = generate(taught, images, [Row(i, question) for i, question in enumerate(questions)], LENGTH)
+    same = [(one, other) for one, other in zip(found, plain, strict=True) if one.text == other.text]
+    assert same
+    for one, other in same:
+        torch.testing.assert_close(one.masks, other.masks, atol=1e-3, rtol=1e-3)
+
+
+def test_member_zero_is_clean_and_greedy_and_the_others_are_drawn(taught: Segmenter, asked: Asked) -> None:
+    images, questions = asked
+    said = say(taught, asked, members=4)
+    rows = [Row(i, question) for i, question in enumerate(questions)]
+    clean = taught.encoder.batch(images, rows).images
+    assert said.pixels.shape == (4, 3, 3, 32, 32)
+    assert torch.equal(said.pixels[0], clean)
+    changed = (said.pixels[1:] != clean).any(2).float().mean((2, 3))  # share of the pixels, (members, rows)
+    assert (changed > 0.05).all()
+    assert (changed < 0.4).all()  # a rectangle of at most 0.6 x 0.6
+    greedy = generate(taught, images, rows, LENGTH)
+    assert [a.text for a in said.answers[0]] == [a.text for a in greedy]
+    assert len({tuple(a.text for a in answers) for answers in said.answers}) > 1
+    again, other = say(taught, asked, members=4), say(taught, asked, members=4, seed=1)
+    assert [[a.text for a in m] for m in again.answers] == [[a.text for a in m] for m in said.answers]
+    assert torch.equal(again.pixels, said.pixels)
+    assert not torch.equal(other.pixels[1:], said.pixels[1:])
+    fewer = say(taught, asked, members=2)  # more members leave the first ones as they are
+    assert torch.equal(fewer.pixels, said.pixels[:2])
+    np.testing.assert_allclose(fewer.features, said.features[:, :2], atol=1e-5)
+
+
+def test_features_are_what_their_names_say(taught: Segmenter, asked: Asked) -> None:
+    other = copy.deepcopy(taught)
+    with torch.no_grad():
+        other.causal.lm_head.weight.mul_(0.8)
+    said = say(taught, asked, reference=other)
+    assert said.features.shape == (3, 3, len(FEATURES))
+    for member, answers in enumerate(said.answers):
+        for row, answer in enumerate(answers):
+            logp, sure, reward = said.features[row, member]
+            assert logp == pytest.approx(answer.logp)
+            expected = float(mask_confidence(answer.masks, 0.0).mean()) if len(answer.masks) else 0.0
+            assert sure == pytest.approx(expected)
+            image, question = asked[0][row], asked[1][row]
+            batch = taught.encoder.batch([image], [Row(0, question, answer.text)])
+            tokens = len(taught.encoder.answer_ids(answer.text))
+            with torch.no_grad():
+                mine, theirs = (float(token_logps(net(batch).logits, batch).sum()) for net in (taught, other))
+            assert reward == pytest.approx((mine - theirs) / tokens, abs=1e-3)
+    assert np.abs(said.features[..., 2]).max() > 0.01
+    assert implicit_rewards(taught, taught, *asked, said.answers[0]) == [0.0] * 3
+
+
+def test_the_best_scored_answer_is_kept(taught: Segmenter, asked: Asked) -> None:
+    said = say(taught, asked, members=4, seed=2)
+    logps = said.features[..., 0]
+    for sign, choice in ((1.0, logps.argmax(1)), (-1.0, logps.argmin(1))):
+        found = ensemble(taught, by("logp", sign)).answer(*asked, 4, LENGTH, seed=2)
+        expected = [said.answers[member][row].text for row, member in enumerate(choice)]
+        assert [answer.text for answer in found] == expected
+        assert [answer.logp for answer in found] == pytest.approx([logps[r, m] for r, m in enumerate(choice)])
+        for answer in found:
+            assert len(answer.masks) == len(answer.embeddings) == answer.text.count("{seg}")
+
+
+def aligned(model: Segmenter, asked: Asked, order: list[int]) -> Aligned:
+    """The true answers seen by members in this order."""
+    said = say(model, asked, members=len(order))
+    texts = ["It is the cup {seg} and the fork {seg}.", "It is the cup {seg}.", "Nothing."]
+    scores = np.random.default_rng(0).normal(size=(3, len(order)))
+    return align(model, *asked, texts, said.pixels[order], scores[:, order])
+
+
+def test_every_member_sees_the_same_targets(taught: Segmenter, asked: Asked) -> None:
+    found = aligned(taught, asked, [0, 1, 2])
+    assert found.embeddings.shape == (3, 3, 2, 16)  # N targets, M members, S scales, C
+    assert found.batch.row_of_target.tolist() == [0, 0, 1]
+    said = say(taught, asked)
+    for member in range(3):
+        with torch.no_grad():
+            output = taught(found.batch.with_images(said.pixels[member]))
+        torch.testing.assert_close(found.embeddings[:, member], output.embeddings, atol=1e-4, rtol=1e-4)
+    scores = np.random.default_rng(0).normal(size=(3, 3))
+    np.testing.assert_allclose(found.scores.numpy(), scores[[0, 0, 1]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_order_of_the_perturbed_members_means_nothing(taught: Segmenter, asked: Asked, mode: str) -> None:
+    attention = opened(taught)
+    with torch.no_grad():
+        first, second = (
+            refine(taught, attention, aligned(taught, asked, order), mode)
+            for order in ([0, 1, 2, 3], [0, 3, 1, 2])
+        )
+    torch.testing.assert_close(first.sigmoid(), second.sigmoid(), atol=1e-4, rtol=1e-4)
+
+
+def test_modes_are_what_they_are_called(taught: Segmenter, asked: Asked) -> None:
+    seen = aligned(taught, asked, [0, 1, 2])
+    at, images = seen.batch.image_of_target, seen.batch.images
+
+    def decoded(embeddings: Tensor, member: int = 0) -> Tensor:
+        return taught.decode(embeddings, seen.features[member], images, at)
+
+    with torch.no_grad():
+        masks = {mode: refine(taught, opened(taught), seen, mode) for mode in MODES}
+        torch.testing.assert_close(masks["mean"], decoded(seen.embeddings.mean(1)))
+        best = seen.embeddings[torch.arange(3), seen.scores.argmax(1)]
+        torch.testing.assert_close(masks["best"], decoded(best))
+        members = torch.stack([decoded(seen.embeddings[:, m], m).sigmoid() for m in range(3)])
+        torch.testing.assert_close(masks["probability"].sigmoid(), members.mean(0), atol=1e-5, rtol=1e-3)
+        refined = opened(taught)(seen.embeddings, seen.scores)
+        torch.testing.assert_close(masks["attention"], decoded(refined))
+        clean = decoded(seen.embeddings[:, 0])
+    assert all(not torch.allclose(mask, clean, atol=1e-3) for mask in masks.values())
+
+
+def test_answers_without_any_target_need_no_masks(mini_model: Segmenter, asked: Asked) -> None:
+    """An untrained model names no target."""
+    answers = ensemble(mini_model, reward_score()).answer(*asked, 2, 3, seed=0)
+    assert [len(answer.masks) for answer in answers] == [0, 0, 0]
+
+
+def test_score_and_attention_come_back_from_their_files(taught: Segmenter, tmp_path: Path) -> None:
+    score = dataclasses.replace(by("logp"), mean=(0.1, 1 / 3, -2.0), scale=(2.0, 0.5, 1e-3))
+    attention = opened(taught)
+    save(tmp_path / "bundle", score, attention)
+    again, refined = load(tmp_path / "bundle", taught)
+    assert again == score
+    state = attention.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in refined.state_dict().items())
+    assert set(refined.state_dict()) == set(state)

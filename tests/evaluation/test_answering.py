@@ -1,0 +1,86 @@
+"""Answers become predictions at the images' own sizes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from popen.evaluation.answering import answers, batches, confidence, prediction, resize_logits
+from popen.masks import area, decode
+from popen.model.batches import Row
+from popen.model.generate import Answer, generate
+from popen.model.segmenter import Segmenter
+from popen.params import EvaluateParams
+from popen.samples import Sample
+
+PARAMS = EvaluateParams(batch=3, max_new_tokens=24, bootstrap=1)
+
+
+def test_logits_take_the_images_size() -> None:
+    logits = torch.tensor([[[1.0, 3.0], [5.0, 7.0]]])
+    assert resize_logits(logits, 2, 2) is logits
+    wide = resize_logits(logits, 2, 4)
+    assert wide.shape == (1, 2, 4)
+    assert wide[0].tolist() == [[1.0, 1.5, 2.5, 3.0], [5.0, 5.5, 6.5, 7.0]]  # bilinear, pixels are areas
+    assert resize_logits(torch.zeros(0, 2, 2), 5, 6).shape == (0, 5, 6)
+
+
+def test_confidence_by_hand() -> None:
+    logits = torch.tensor([[[0.0, 2.0, 2.0]], [[-1.0, -1.0, 1.0]]])
+    inside = torch.tensor([2.0, 1.0]).sigmoid()
+    assert confidence(logits, 0.5) == pytest.approx(float(inside.mean()))
+    lower = (torch.tensor([0.0, 2.0, 2.0]).sigmoid().mean() + torch.tensor(1.0).sigmoid()) / 2
+    assert confidence(logits, -0.5) == pytest.approx(float(lower))
+    assert confidence(logits[:1], 9.0) == 0.0  # an empty mask
+    assert confidence(logits[:0], 0.0) == 1.0  # no mask at all
+
+
+def test_a_prediction_cuts_at_the_threshold_and_at_the_images_size(sample: Sample) -> None:
+    logits = torch.full((1, 4, 4), -3.0)
+    logits[0, :2, :2] = 1.0
+    answer = Answer("the cup {seg}", [1], -0.25, torch.zeros(1, 2, 3), logits)
+    tall = replace(sample, height=8, width=4)
+    found = prediction(tall, answer, 0.5, 2.0)
+    assert (found.uid, found.text, found.loglik, found.seconds) == (sample.uid, "the cup {seg}", -0.25, 2.0)
+    (rle,) = found.masks
+    assert rle["size"] == [8, 4]
+    expected = np.zeros((8, 4), dtype=bool)
+    expected[:4, :2] = True
+    assert (decode(rle) <= expected).all()
+    assert area(prediction(tall, answer, 1.5, 0.0).masks[0]) == 0
+    assert area(prediction(tall, answer, -4.0, 0.0).masks[0]) == 32
+    assert found.confidence == pytest.approx(float(torch.tensor(1.0).sigmoid()))
+
+
+def test_batches_open_an_image_once(sample: Sample) -> None:
+    asked = [
+        replace(sample, uid=str(number), image=image, question=f"{number}?")
+        for number, image in enumerate(["b", "a", "b", "a", "c"])
+    ]
+    slices = list(batches(asked, 3))
+    assert [[s.uid for s in part] for part, _, _ in slices] == [["0", "1", "2"], ["3", "4"]]
+    for part, images, rows in slices:
+        assert len(set(images)) == len(images)
+        assert [images[row.image] for row in rows] == [sample.image for sample in part]
+        assert [row.question for row in rows] == [sample.question for sample in part]
+        assert all(row.answer is None for row in rows)
+
+
+def test_answers_come_in_the_order_of_the_questions(
+    taught: Segmenter, data: tuple[Path, list[Sample]]
+) -> None:
+    root, samples = data
+    asked = [samples[1], samples[0], samples[3], samples[1], samples[2]]
+    found = list(answers(taught, root, asked, PARAMS, 2000, "test"))
+    assert [sample for sample, _, _ in found] == asked
+    for sample, answer, seconds in found:
+        (alone,) = generate(taught, [Image.open(root / sample.image)], [Row(0, sample.question)], 24)
+        assert answer.text == alone.text == sample.answer
+        torch.testing.assert_close(answer.masks, alone.masks, atol=1e-3, rtol=1e-3)
+        assert 0 < seconds < 60
+    assert found[0][2] == found[1][2]  # each has its share of the batch

@@ -1,0 +1,113 @@
+"""Free-running answers: whole targets, honest likelihoods, sampling from the whole distribution."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from popen.model.batches import Row
+from popen.model.generate import WholeTargets, generate
+from popen.model.losses import token_logps
+from popen.model.segmenter import Segmenter
+from popen.samples import Sample
+
+
+def prefer(model: Segmenter, picture: Image.Image, token: int) -> Segmenter:
+    """A copy that begins its answer to "What?" with this token."""
+    model = copy.deepcopy(model)
+    batch = model.encoder.batch([picture], [Row(0, "What?")])
+    with torch.no_grad():
+        last = model.hidden(batch, model.tower(batch.images))[0, -1]
+        model.causal.lm_head.weight[token] = 40 * last / last.norm() ** 2
+    return model
+
+
+def test_codebook_tokens_come_as_whole_targets() -> None:
+    rule = WholeTargets([5, 6, 7], image_id=8)
+    scores = torch.arange(10.0).repeat(4, 1)
+    allowed = rule(torch.tensor([[5], [6], [7], [1]]), scores)
+    assert [row.isfinite().nonzero().flatten().tolist() for row in allowed] == [
+        [6],
+        [7],
+        [0, 1, 2, 3, 4, 5, 9],  # a target is complete: anything but half a target or an image
+        [0, 1, 2, 3, 4, 5, 9],
+    ]
+    assert allowed[3, 9] == 9.0
+    assert scores[0, 0] == 0.0  # the caller's own are left alone
+    first = rule(torch.zeros(4, 0, dtype=torch.long), scores)
+    assert first[0].isfinite().nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 9]
+
+
+@pytest.mark.parametrize(("length", "targets"), [(1, 0), (3, 0), (4, 0), (5, 1)])
+def test_a_target_that_is_cut_off_is_left_out(
+    mini_model: Segmenter, picture: Image.Image, length: int, targets: int
+) -> None:
+    """Four tokens a target, and the last one's hidden state needs a fifth step."""
+    model = prefer(mini_model, picture, mini_model.encoder.first_id)
+    (answer,) = generate(model, [picture], [Row(0, "What?")], length)
+    assert len(answer.masks) == len(answer.embeddings) == answer.text.count("{seg}") == targets
+    assert answer.token_ids.count(model.encoder.first_id) == targets
+    assert answer.masks.shape[1:] == (32, 32)
+
+
+def test_an_answer_may_be_empty(mini_model: Segmenter, picture: Image.Image) -> None:
+    model = prefer(mini_model, picture, mini_model.tokenizer.eos_token_id)
+    (answer,) = generate(model, [picture], [Row(0, "What?")], 8)
+    assert (answer.text, answer.token_ids) == ("", [])
+    assert answer.logp == pytest.approx(0.0, abs=0.05)  # the end token's own, which is all but certain
+
+
+def test_logp_is_that_of_the_words_alone(taught: Segmenter, data: tuple[Path, list[Sample]]) -> None:
+    """The tokens that follow the first one of a target are forced, whatever the model thinks of them."""
+    root, samples = data
+    image, question = Image.open(root / samples[0].image), samples[0].question
+    (answer,) = generate(taught, [image], [Row(0, question)], 24)
+    batch = taught.encoder.batch([image], [Row(0, question, answer.text)])
+    with torch.no_grad():
+        logps = token_logps(taught(batch).logits, batch)[0]
+    names = taught.tokenizer.convert_ids_to_tokens(batch.input_ids[0].tolist())
+    chosen = [name not in taught.encoder.codebook[1:] for name in names]
+    words = logps[batch.labels[0].ge(0) & torch.tensor(chosen)]
+    assert len(words) == len(answer.token_ids) + 1 - 2 * 3  # the end token, not the three forced ones
+    assert answer.logp == pytest.approx(float(words.mean()), abs=1e-4)
+
+
+def test_sampling_takes_the_whole_distribution(mini_model: Segmenter, picture: Image.Image) -> None:
+    rows = [Row(0, "What?")] * 200
+    drawn = generate(mini_model, [picture], rows, 1, temperature=1.0)
+    kinds = {answer.token_ids[0] for answer in drawn if answer.token_ids}
+    assert len(kinds) > 80  # an untrained model is all but indifferent between its 300 tokens
+    cold = generate(mini_model, [picture], rows, 1, temperature=1e-3)
+    assert len({tuple(answer.token_ids) for answer in cold}) == 1
+
+
+def test_sampling_leaves_the_callers_random_numbers_alone(
+    mini_model: Segmenter, picture: Image.Image
+) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    generate(mini_model, [picture], [Row(0, "What?")], 3, 1.0, seed=1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_answers_are_those_that_were_taught(taught: Segmenter, data: tuple[Path, list[Sample]]) -> None:
+    root, samples = data
+    images = [Image.open(root / sample.image) for sample in samples]
+    asked = [Row(index, sample.question) for index, sample in enumerate(samples)]
+    found = generate(taught, images, asked, 24)
+    assert [answer.text for answer in found] == [sample.answer for sample in samples]
+    assert all(answer.token_ids == taught.encoder.answer_ids(answer.text)[:-1] for answer in found)
+
+    def masks(pixels: Tensor) -> list[Tensor]:
+        return [answer.masks for answer in generate(taught, images, asked, 24, pixels=pixels)]
+
+    pixels = taught.encoder.batch(images, asked).images
+    for answer, same, other in zip(found, masks(pixels), masks(pixels.flip(-1)), strict=True):
+        torch.testing.assert_close(same, answer.masks)
+        assert other.shape != answer.masks.shape or not torch.allclose(other, answer.masks)

@@ -1,0 +1,153 @@
+"""Preference data made by a miniature model from drawn images."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from popen.masks import decode
+from popen.model.batches import Row
+from popen.model.losses import token_logps
+from popen.model.segmenter import Segmenter
+from popen.params import MaskPreferenceParams, TextPreferenceParams
+from popen.preference.masks import noise_rectangles
+from popen.preference.records import MaskPairs, TextPair
+from popen.preference.sampling import PairsError, mask_pairs, text_pairs
+from popen.preference.text import correct
+from popen.samples import Sample
+
+Data = tuple[Path, list[Sample]]
+TEXT = TextPreferenceParams(samples=2, temperature=1.0)
+MASKS = MaskPreferenceParams(
+    perturbed=8, rectangles=1, sigma=0.6, side=(0.2, 0.5), margin=0.01, area_ratio=3.0
+)
+
+
+def texts(model: Segmenter, data: Data, seed: int = 0, **changes: object) -> list[TextPair]:
+    params = TEXT.model_copy(update=changes)
+    return list(text_pairs(model, *data, params, batch=3, max_new_tokens=24, max_pixels=2000, seed=seed))
+
+
+@pytest.fixture(scope="module")
+def said(taught: Segmenter, data: Data) -> list[TextPair]:
+    return texts(taught, data)
+
+
+def masks(
+    model: Segmenter, data: Data, pairs: list[TextPair], stage: str, seed: int = 0, **changes: object
+) -> MaskPairs:
+    params = MASKS.model_copy(update=changes)
+    return mask_pairs(model, data[0], pairs, params, stage, batch=3, max_pixels=2000, seed=seed)
+
+
+def test_answers_are_corrected_by_the_ground_truth(said: list[TextPair], data: Data) -> None:
+    assert [pair.uid for pair in said] == [sample.uid for sample in data[1]]
+    assert any(pair.differs for pair in said)  # this model has not learned its words by heart
+    for pair, sample in zip(said, data[1], strict=True):
+        fix = correct(pair.rejected, sample)
+        assert (pair.chosen, pair.targets) == (fix.answer, fix.targets)
+        assert pair.chosen.count("{seg}") == len(pair.targets)
+        assert {target.name for target in pair.targets} == {target.name for target in sample.targets}
+        assert any(pair.chosen_changed + pair.rejected_changed) == pair.differs
+        assert (pair.image, pair.question) == (sample.image, sample.question)
+
+
+def test_reference_values_are_those_of_a_fresh_forward(
+    taught: Segmenter, said: list[TextPair], data: Data
+) -> None:
+    for pair in said:
+        for answer, changed, reference in (
+            (pair.chosen, pair.chosen_changed, pair.chosen_ref),
+            (pair.rejected, pair.rejected_changed, pair.rejected_ref),
+        ):
+            batch = taught.encoder.batch([Image.open(data[0] / pair.image)], [Row(0, pair.question, answer)])
+            with torch.no_grad():
+                logps = token_logps(taught(batch).logits, batch)[0]
+            tokens = len(taught.encoder.answer_ids(answer))
+            assert len(changed) == len(reference) == tokens
+            torch.testing.assert_close(torch.tensor(reference), logps[-tokens:], atol=1e-4, rtol=1e-4)
+
+
+def test_answers_are_drawn_under_the_seed(taught: Segmenter, data: Data, said: list[TextPair]) -> None:
+    assert texts(taught, data) == said
+    assert [p.rejected for p in texts(taught, data, seed=1)] != [p.rejected for p in said]
+
+
+def test_the_first_wrong_answer_is_taken_and_a_right_one_where_none_is(taught: Segmenter, data: Data) -> None:
+    """At a low temperature the model says what it was taught; more samples find more mistakes."""
+    cold = texts(taught, data, temperature=0.01)
+    assert [pair.rejected for pair in cold] == [sample.answer for sample in data[1]]
+    assert not any(pair.differs for pair in cold)
+    counts = [sum(p.differs for p in texts(taught, data, samples=n, temperature=0.5)) for n in (1, 8)]
+    assert counts[0] <= counts[1]
+    assert counts[1] > 0
+
+
+def test_mask_pairs_hold_what_the_perturbed_images_give(
+    taught: Segmenter, data: Data, said: list[TextPair]
+) -> None:
+    """Each winner and loser is found again among the eight views, and beats and loses as ranked."""
+    pairs = masks(taught, data, said, "coarse")
+    assert len(pairs) > 0
+    winner, loser, clean = pairs.ious.T
+    assert (winner > clean).all()
+    assert (winner - loser >= MASKS.margin - 1e-6).all()
+    areas = pairs.winner_masks.flatten(1).sum(1), pairs.loser_masks.flatten(1).sum(1)
+    ratio = torch.maximum(*areas) / torch.minimum(*areas)
+    assert (ratio <= MASKS.area_ratio).all()
+    by_uid = {pair.uid: pair for pair in said}
+    for number, (uid, target) in enumerate(zip(pairs.uids, pairs.targets, strict=True)):
+        start = 3 * ([pair.uid for pair in said].index(uid) // 3)  # batches of three, each with its seed
+        part = said[start : start + 3]
+        rows = [
+            Row(i, pair.question, pair.chosen, [decode(t.rle) for t in pair.targets])
+            for i, pair in enumerate(part)
+        ]
+        batch = taught.encoder.batch([Image.open(data[0] / pair.image) for pair in part], rows)
+        place = [pair.uid for pair in part].index(uid)
+        at = batch.row_of_target.tolist().index(place) + target
+        views = noise_rectangles(
+            batch.images, 8, 1, MASKS.sigma, MASKS.side, torch.Generator().manual_seed(start)
+        )
+        with torch.no_grad():
+            seen = [taught(batch.with_images(views[copy::8])) for copy in range(8)]
+            whole = taught(batch)
+        found = [torch.allclose(view.embeddings[at], pairs.winner[number], atol=1e-4) for view in seen]
+        assert sum(found) == 1
+        assert torch.equal(seen[found.index(True)].masks[at] > 0, pairs.winner_masks[number])
+        assert any(torch.allclose(view.embeddings[at], pairs.loser[number], atol=1e-4) for view in seen)
+        torch.testing.assert_close(pairs.reference[number], whole.embeddings[at], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            pairs.reference_masks[number].float(), whole.masks[at], atol=2e-2, rtol=2e-3
+        )
+        truth = torch.from_numpy(decode(by_uid[uid].targets[target].rle))
+        mask = pairs.winner_masks[number]
+        assert float(winner[number]) == pytest.approx(int((mask & truth).sum()) / int((mask | truth).sum()))
+
+
+def test_the_fine_stage_has_other_losers(taught: Segmenter, data: Data, said: list[TextPair]) -> None:
+    coarse, fine = (masks(taught, data, said, stage) for stage in ("coarse", "fine"))
+    low = dict(zip(zip(coarse.uids, coarse.targets, strict=True), coarse.ious, strict=True))
+    assert len(fine) > 0
+    for uid, target, iou in zip(fine.uids, fine.targets, fine.ious, strict=True):
+        assert torch.equal(iou[[0, 2]], low[uid, target][[0, 2]])  # the same winner and clean mask
+        assert iou[1] > low[uid, target][1]  # a medium, better than the low of the coarse stage
+
+
+def test_mask_pairs_obey_their_seed(taught: Segmenter, data: Data, said: list[TextPair]) -> None:
+    first, again, other = (masks(taught, data, said, "coarse", seed) for seed in (0, 0, 1))
+    assert torch.equal(first.winner, again.winner)
+    assert first.uids == again.uids
+    assert len(first) != len(other) or not torch.equal(first.winner, other.winner)
+
+
+def test_no_pair_at_all_says_what_to_turn(taught: Segmenter, data: Data, said: list[TextPair]) -> None:
+    with pytest.raises(PairsError, match=r"mask_preferences@coarse: no target gives a pair; raise .*sigma"):
+        masks(taught, data, said, "coarse", sigma=1e-9)
+    none = [dataclasses.replace(pair, targets=()) for pair in said]
+    with pytest.raises(PairsError, match="no target gives a pair"):
+        masks(taught, data, none, "coarse")
