@@ -152,7 +152,8 @@ def train(
             if step % 10 == 0 or step == params.steps:
                 means = curve.means() | {"lr": schedule.get_last_lr()[0]}
                 bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-                curve.point({f"train/{key}": mean for key, mean in means.items()}, step)
+                # names with a group of their own, "rewards_t/margins", keep it
+                curve.point({k if "/" in k else f"train/{k}": mean for k, mean in means.items()}, step)
             if evaluate is not None and (step % params.eval_every == 0 or step == params.steps):
                 prepared.eval()
                 figures = evaluate()

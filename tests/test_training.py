@@ -196,7 +196,7 @@ def test_what_is_logged_and_when(tmp_path: Path) -> None:
         value, parts = loss(model, batch)
         sometimes["calls"] += 1
         if sometimes["calls"] % 5 == 0:  # as the rewards of a batch that has pairs
-            parts["rewards"] = torch.tensor(3.0)
+            parts["rewards_t/margins"] = torch.tensor(3.0)
         return value, parts
 
     evaluations: list[bool] = []
@@ -210,14 +210,14 @@ def test_what_is_logged_and_when(tmp_path: Path) -> None:
     assert [step for step, values in points if "val/iou" in values] == [9, 18, 25]
     assert evaluations == [False] * 3
     assert not model.training
-    names = {"train/loss", "train/part", "train/rewards", "train/grad_norm", "train/lr"}
+    names = {"train/loss", "train/part", "train/grad_norm", "train/lr", "rewards_t/margins"}
     last = points[-2][1]
     assert set(last) == names
     batches = [collate([item(i) for i in range(4 * step, 4 * step + 4)]) for step in range(20, 25)]
     expected = [loss(still, batch)[0].item() for batch in batches]  # so small a rate changes nothing
     assert last["train/loss"] == pytest.approx(sum(expected) / 5, rel=1e-5)
     assert last["train/part"] == pytest.approx(sum(expected) / 10, rel=1e-5)
-    assert last["train/rewards"] == 3.0  # the mean of where it was, not of all batches
+    assert last["rewards_t/margins"] == 3.0  # the mean of where it was, not of all batches
     assert last["train/lr"] == pytest.approx(0.0, abs=1e-20)  # a cosine down to nothing
     rates = [values["train/lr"] for _, values in points if "train/lr" in values]
     assert rates == pytest.approx([1e-12 * (1 + math.cos(math.pi * s / 25)) / 2 for s in (10, 20, 25)])

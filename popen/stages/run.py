@@ -39,6 +39,7 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
+    "ACCELERATE_LOG_LEVEL": "ERROR",  # else a line a checkpoint about tied weights
     "MPLBACKEND": "Agg",
 }
 _PR_SET_PDEATHSIG = 1  # prctl(2)
