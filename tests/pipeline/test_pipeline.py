@@ -192,6 +192,7 @@ def test_mlflow_has_one_parent_with_a_child_a_stage(clone: Path) -> None:
     for run in children:
         assert run.data.tags["mlflow.source.git.commit"] == commit
         assert run.data.params["align.train.steps"] == "4"
+        assert run.inputs is not None
         assert run.inputs.dataset_inputs[0].dataset.digest == run.data.tags["data"] == data
     fine = by_stage["align@fine"].data.metrics
     assert {"train/loss", "train/L_t", "train/L_s", "train/anchor_ce", "rewards_s/margins"} <= set(fine)

@@ -1,0 +1,153 @@
+"""What surrounds the training loop: checkpoints by fingerprint, and no training lost to a full disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from popen.params import TrainParams
+from popen.samples import Sample
+from popen.stages.learning import both_stages, fit, image_plan, pair_plan, sample_row, validation
+from popen.stages.run import QUIET, Run, stage
+from tests import test_training as toys
+from tests.conftest import WEIGHTS
+
+PARAMS = toys.PARAMS.model_copy(update={"steps": 12, "checkpoint_every": 5})
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """A stage at work in a folder of its own."""
+    (tmp_path / ".dvc").mkdir()
+    shutil.copy(Path(__file__).parents[2] / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in (*QUIET, "HF_HUB_OFFLINE", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "POPEN_PARENT_RUN", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "input").write_text("data")
+    with stage("align@coarse") as run:
+        yield run
+
+
+def start(
+    run: Run, model: nn.Module, save: Callable[[], None], make: Any = toys.item, params: TrainParams = PARAMS
+) -> None:
+    fit(run, model, params, make, toys.collate, toys.loss, None, [Path("input")], [WEIGHTS], save)
+
+
+def saves(model: nn.Module) -> Callable[[], None]:
+    return lambda: torch.save(model.state_dict(), "result")
+
+
+def checkpoints() -> list[str]:
+    return sorted(path.name for path in Path(".checkpoints").glob("*/*"))
+
+
+def test_curves_and_result_are_written_and_the_checkpoints_removed(run: Run) -> None:
+    model = toys.toy()
+    seen: list[list[str]] = []
+
+    def save() -> None:
+        seen.append(checkpoints())  # still there while the result is being written
+        saves(model)()
+
+    start(run, model, save)
+    assert seen == [["step-00000005", "step-00000010"]]
+    assert checkpoints() == []
+    lines = Path("artifacts/curves/align_coarse.csv").read_text().splitlines()
+    assert lines[0] == "step,name,value"
+    assert {line.split(",")[1] for line in lines[1:]} == {
+        *("train/loss", "train/part", "train/grad_norm", "train/lr")
+    }
+
+
+def test_a_result_that_cannot_be_saved_costs_no_training(run: Run) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        start(run, toys.toy(), full)
+    asked: list[int] = []
+
+    def watch(index: int) -> Any:
+        asked.append(index)
+        return toys.item(index)
+
+    resumed, straight = toys.toy(), toys.toy()
+    start(run, resumed, saves(resumed), watch)
+    assert min(asked) == 10 * PARAMS.images  # goes on from the last checkpoint
+    shutil.rmtree(".checkpoints")
+    torch.manual_seed(0)
+    straight = toys.toy()
+    start(run, straight, saves(straight))
+    assert toys.equal(toys.state(resumed), toys.state(straight))
+
+
+@pytest.mark.parametrize("changed", ["input", "parameter", "settings", "seed"])
+def test_another_configuration_starts_anew(run: Run, changed: str) -> None:
+    with pytest.raises(toys.Interrupted):
+        start(run, toys.toy(), lambda: None, toys.interrupted(8 * PARAMS.images))
+    assert checkpoints() == ["step-00000005"]
+    asked: list[int] = []
+
+    def watch(index: int) -> Any:
+        asked.append(index)
+        return toys.item(index)
+
+    params, settings = PARAMS, WEIGHTS
+    if changed == "input":
+        Path("input").write_text("other data")
+    elif changed == "parameter":
+        params = PARAMS.model_copy(update={"lr": 0.01})
+    elif changed == "settings":
+        settings = WEIGHTS.model_copy(update={"ce": 2.0})
+    else:
+        run.params = run.params.model_copy(update={"seed": 5})
+    model = toys.toy()
+    fit(run, model, params, watch, toys.collate, toys.loss, None, [Path("input")], [settings], saves(model))
+    assert min(asked) == 0
+
+
+def test_controls_get_the_steps_of_both_stages() -> None:
+    assert both_stages(PARAMS) == PARAMS.model_copy(update={"steps": 24})
+
+
+def test_plans(data: tuple[Path, list[Sample]]) -> None:
+    samples = data[1]
+    plan = pair_plan(samples, 0)
+    assert sorted(plan(index).uid for index in range(4)) == sorted(sample.uid for sample in samples)
+    twice = image_plan([*samples, *samples], 2, 0)
+    assert all(len(twice.item(index)) == 2 for index in range(8))
+    assert {sample.image for sample in twice.item(3)} == {twice.item(3)[0].image}
+
+
+def test_a_sample_becomes_a_supervised_row(sample: Sample) -> None:
+    row = sample_row(sample, 3)
+    assert (row.image, row.question, row.answer, row.ignore) == (3, sample.question, sample.answer, None)
+    assert row.masks is not None
+    assert [int(mask.sum()) for mask in row.masks] == [100, 64]
+
+
+def test_validation_is_of_what_the_model_knows(
+    run: Run, taught: Any, mini_model: Any, data: tuple[Path, list[Sample]]
+) -> None:
+    """The taught model against an untrained one, on the questions that it was taught."""
+    figures = []
+    for model in (taught, mini_model):
+        root = run.params.data.model_copy(update={"root": str(data[0])})
+        run.params = run.params.model_copy(update={"data": root})
+        figures.append(validation(model, run, data[1], WEIGHTS)())
+    known, unknown = figures
+    assert set(known) == {"val/ce_teacher_forced", "val/iou_teacher_forced"}
+    assert known["val/ce_teacher_forced"] < 1.0 < unknown["val/ce_teacher_forced"]
+    assert known["val/iou_teacher_forced"] > 0.5 > unknown["val/iou_teacher_forced"]

@@ -1,0 +1,153 @@
+"""Answers to single questions, from a bundle and from a plain model."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from popen.ensemble.attention import RefinementAttention
+from popen.ensemble.score import FEATURES, Score, reward_score
+from popen.evaluation.answering import prediction
+from popen.masks import area, decode, iou
+from popen.model.batches import Row
+from popen.model.generate import generate
+from popen.model.segmenter import ModelError, Segmenter
+from popen.params import EnsembleParams
+from popen.predict import PLAIN_LENGTH, Predictor, Settings, load_ensemble, write_bundle
+from popen.samples import Sample
+
+Data = tuple[Path, list[Sample]]
+SCORE = Score(FEATURES, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), (1.0, 0.5, -0.1))
+
+
+def settings(**changes: object) -> Settings:
+    ensemble = EnsembleParams(
+        members=3, mode="attention", score="calibrated", temperature=0.7, sigma=0.3, side=(0.1, 0.3), steps=1
+    )
+    return Settings(0.25, 24, ensemble.model_copy(update=changes))
+
+
+@pytest.fixture(scope="module")
+def models(taught: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model and its reference, which differs."""
+    root = tmp_path_factory.mktemp("models")
+    taught.save(root / "popen")
+    other = copy.deepcopy(taught)
+    with torch.no_grad():
+        other.causal.lm_head.weight.mul_(0.9)
+    other.save(root / "sft")
+    return root
+
+
+@pytest.fixture
+def bundle(taught: Segmenter, models: Path, tmp_path: Path) -> Path:
+    attention = RefinementAttention(taught.codebook.scales, taught.params.decoder.width)
+    with torch.no_grad():
+        attention.gate.fill_(0.5)
+    write_bundle(tmp_path / "bundle", models / "popen", models / "sft", SCORE, attention, settings())
+    return tmp_path / "bundle"
+
+
+def picture(data: Data, number: int = 0) -> tuple[Image.Image, str]:
+    root, samples = data
+    return Image.open(root / samples[number].image), samples[number].question
+
+
+def test_settings_survive_their_file() -> None:
+    assert Settings.from_json(settings().to_json()) == settings()
+    assert settings().to_json() == settings().to_json()
+
+
+def test_a_bundle_comes_back_whole(bundle: Path, models: Path, taught: Segmenter, data: Data) -> None:
+    ensemble, found = load_ensemble(bundle)
+    assert found == settings()
+    assert ensemble.score == SCORE
+    assert ensemble.threshold == 0.25
+    assert ensemble.params == settings().ensemble
+    assert ensemble.attention.gate.tolist() == [0.5, 0.5]
+    image, question = picture(data)
+    batch = taught.encoder.batch([image], [Row(0, question, "It is the cup {seg}.")])
+    with torch.no_grad():
+        torch.testing.assert_close(ensemble.model(batch).logits, taught(batch).logits)
+        reference = Segmenter.load(models / "sft")(batch).logits
+        torch.testing.assert_close(ensemble.reference(batch).logits, reference)
+    assert not torch.allclose(reference, taught(batch).logits, atol=1e-2)
+
+
+def test_the_score_of_the_parameters_is_used(bundle: Path, taught: Segmenter) -> None:
+    (bundle / "settings.json").write_text(settings(score="reward").to_json())
+    assert load_ensemble(bundle)[0].score == reward_score()
+
+
+def test_a_bundle_replaces_an_older_one(bundle: Path, models: Path, taught: Segmenter) -> None:
+    (bundle / "model" / "left over").touch()
+    attention = RefinementAttention(taught.codebook.scales, taught.params.decoder.width)
+    write_bundle(bundle, models / "popen", models / "sft", SCORE, attention, settings(members=7))
+    assert not (bundle / "model" / "left over").exists()
+    assert load_ensemble(bundle)[1].ensemble.members == 7
+
+
+@pytest.mark.parametrize("part", ["score.json", "attention.safetensors", "model/config.json", "reference"])
+def test_a_part_that_is_missing_is_named(bundle: Path, part: str) -> None:
+    path = bundle / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ModelError, match=f"{Path(part).parts[0]}.*make repro"):
+        Predictor(bundle)
+    with pytest.raises(ModelError, match=r"settings\.json is missing"):
+        load_ensemble(bundle / "model")
+
+
+def test_one_answer_is_the_models_own_at_the_calibrated_threshold(
+    bundle: Path, taught: Segmenter, data: Data
+) -> None:
+    predict = Predictor(bundle)
+    for number in range(2):
+        image, question = picture(data, number)
+        found = predict(image, question)
+        (answer,) = generate(taught, [image], [Row(0, question)], 24)
+        expected = prediction(data[1][number], answer, 0.25, 0.0)
+        assert found.text == expected.text == data[1][number].answer
+        assert found.masks == expected.masks
+        assert (found.loglik, found.confidence) == pytest.approx((expected.loglik, expected.confidence))
+        assert 0 < found.seconds < 60
+    low, high = (sum(map(area, predict(image, question, threshold=t).masks)) for t in (-2.0, 2.0))
+    assert low > sum(map(area, found.masks)) > high
+
+
+def test_masks_have_the_images_size(bundle: Path, data: Data) -> None:
+    image, question = picture(data)
+    found = Predictor(bundle)(image.resize((80, 48), Image.Resampling.NEAREST), question)
+    assert [rle["size"] for rle in found.masks] == [[48, 80]] * 2
+    cup = decode(data[1][0].targets[0].rle)
+    large = np.asarray(Image.fromarray(cup).resize((80, 48), Image.Resampling.NEAREST))
+    assert iou(decode(found.masks[0]), large) > 0.4
+
+
+def test_an_ensemble_answers_as_asked_under_its_seed(bundle: Path, data: Data) -> None:
+    predict = Predictor(bundle)
+    assert predict.ensemble is not None
+    image, question = picture(data)
+    found = predict(image, question, members=3, seed=5)
+    (answer,) = predict.ensemble.answer([image], [question], 3, 24, 5)
+    assert (found.text, found.masks) == (answer.text, prediction(data[1][0], answer, 0.25, 0.0).masks)
+    assert predict(image, question, members=3, seed=5).masks == found.masks
+
+
+def test_a_plain_model_answers_but_makes_no_ensemble(models: Path, data: Data) -> None:
+    predict = Predictor(models / "popen")
+    assert (predict.ensemble, predict.threshold, predict.length) == (None, 0.0, PLAIN_LENGTH)
+    image, question = picture(data)
+    assert predict(image, question).text == data[1][0].answer
+    with pytest.raises(ModelError, match="plain model without an ensemble; ask for one answer"):
+        predict(image, question, members=2)
+
+
+def test_no_model_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no model here \(config\.json is missing\)"):
+        Predictor(tmp_path)
