@@ -36,7 +36,7 @@ class Row:
 class Batch:
     images: Tensor  # (B, 3, H, W) in [0, 1]
     image_of_row: Tensor  # (R,)
-    input_ids: Tensor  # (R, T), padded on the left, the image token repeated P times
+    input_ids: Tensor  # (R, T): the prefix with the P image tokens, padding, question and answer
     attention_mask: Tensor  # (R, T)
     labels: Tensor  # (R, T), IGNORED outside the answer
     row_of_target: Tensor  # (N,) supervised targets only
@@ -82,13 +82,17 @@ class Encoder:
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self.first_id = tokenizer.convert_tokens_to_ids(self.codebook[0])
 
-    def prompt_ids(self, question: str) -> list[int]:
-        """Ids of the prompt, the image token repeated once a patch."""
-        before, after = PROMPT.format(question=question.replace(IMAGE, "")).split(IMAGE)
+    @property
+    def prefix_ids(self) -> list[int]:
+        """Ids that open every prompt: the text before the image, and the image token once a token of it."""
+        before = self.tokenizer.encode(PROMPT.partition(IMAGE)[0], add_special_tokens=False)
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        encode = self.tokenizer.encode
-        head, tail = (encode(text, add_special_tokens=False) for text in (before, after))
-        return bos + head + [self.image_id] * self.image_tokens + tail
+        return bos + before + [self.image_id] * self.image_tokens
+
+    def question_ids(self, question: str) -> list[int]:
+        """Ids of the prompt behind the image."""
+        text = PROMPT.partition(IMAGE)[2].format(question=question.replace(IMAGE, ""))
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def answer_ids(self, answer: str) -> list[int]:
         """Ids of an answer with `{seg}`, closed by the end token."""
@@ -100,11 +104,14 @@ class Encoder:
     ) -> Batch:
         """Encode. `dense`, one sample an image, asks for per-pixel labels made of its objects."""
         pixels = np.stack([image_array(image, self.size) for image in images])
-        prompts = [self.prompt_ids(row.question) for row in rows]
+        prefix = self.prefix_ids
+        prompts = [self.question_ids(row.question) for row in rows]
         answers = [[] if row.answer is None else self.answer_ids(row.answer) for row in rows]
-        length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        length = len(prefix) + max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
         ids = torch.full((len(rows), length), self.tokenizer.pad_token_id, dtype=torch.long)
         attention = torch.zeros((len(rows), length), dtype=torch.long)
+        ids[:, : len(prefix)] = torch.tensor(prefix)
+        attention[:, : len(prefix)] = 1
         labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
         positions: list[list[int]] = []
         row_of: list[int] = []

@@ -98,14 +98,29 @@ class Segmenter(nn.Module):
         return embeds.masked_scatter(places, image)
 
     def hidden(self, batch: Batch, features: list[Tensor]) -> Tensor:
-        """Last hidden states of the LM (R, T, D)."""
+        """Last hidden states of the LM (R, T, D).
+
+        Rows that share an image share its tokens' pass: the prefix runs once an image, and its keys and
+        values are handed to the rows (the same numbers as a pass over whole rows, for less work).
+        """
         places = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
-        return self.causal.model(
-            inputs_embeds=self.embed(batch.input_ids, features, batch.image_of_row),
+        n, images = len(self.encoder.prefix_ids), len(features[0])
+        everywhere = torch.arange(images, device=places.device)
+        prefix = self.causal.model(
+            inputs_embeds=self.embed(batch.input_ids[:1, :n].expand(images, n), features, everywhere),
+            position_ids=places[:1, :n].expand(images, n),
+            use_cache=True,
+        )
+        cache = prefix.past_key_values
+        cache.batch_select_indices(batch.image_of_row)
+        rest = self.causal.model(
+            inputs_embeds=self.language.get_input_embeddings()(batch.input_ids[:, n:]),
             attention_mask=batch.attention_mask,
-            position_ids=places,
-            use_cache=False,
-        ).last_hidden_state
+            position_ids=places[:, n:],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return torch.cat([prefix.last_hidden_state[batch.image_of_row], rest.last_hidden_state], dim=1)
 
     def segmentation_embeddings(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Hidden states (R, T, D) -> embeddings of the batch's targets (N, S, C)."""

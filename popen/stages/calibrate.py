@@ -1,4 +1,5 @@
-"""Stage `calibrate`: what is chosen on validation alone: mask thresholds, the preference score, the attention.
+"""Stage `calibrate`: mask thresholds and preference score from validation alone, the attention from the
+preference split.
 
 artifacts/thresholds.json         logit threshold of each system
 artifacts/models/popen+ensemble   the calibrated ensemble, a bundle (see popen.predict)
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 SIZES = (1, 2, 4, 8)  # ensemble sizes of the report's figure
 
 
-def best_threshold(found: Sequence[tuple[Sample, Answer, float]], levels: Sequence[float]) -> tuple[float, float]:
+def best_threshold(
+    found: Sequence[tuple[Sample, Answer, float]], levels: Sequence[float]
+) -> tuple[float, float]:
     """The threshold with the highest gIoU (union of an answer's masks) and that gIoU."""
     from popen.evaluation.answering import prediction
     from popen.evaluation.benchmark import METRICS, rows
@@ -79,7 +82,7 @@ def fit_score(ensemble: Ensemble, run: Run, asked: Sequence[Sample]) -> tuple[Sc
 def train_attention(
     model: Segmenter, score: Score, run: Run, threshold: float, reference: Segmenter
 ) -> RefinementAttention:
-    """Train the attention, and it alone, on the preference split: true answers, M perturbed views, mask loss."""
+    """Train the attention alone, on the preference split: true answers, M perturbed views, mask loss."""
     import torch
 
     from popen.data.images import open_image
@@ -110,7 +113,8 @@ def train_attention(
             params.seed + step,
         )
         aligned = align(model, images, questions, [s.answer for s in part], said.pixels, score(said.features))
-        supervised = model.encoder.batch(images, [sample_row(s, i) for i, s in enumerate(part)]).to(model.device)
+        rows = [sample_row(sample, index) for index, sample in enumerate(part)]
+        supervised = model.encoder.batch(images, rows).to(model.device)
         refined = attention(aligned.embeddings, aligned.scores)
         masks = model.decode(refined, aligned.features[0], supervised.images, supervised.image_of_target)
         parts = mask_loss(masks, supervised, params.sft.loss)
@@ -118,7 +122,8 @@ def train_attention(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        run.log_metrics({"attention/loss": float(loss), "attention/gate": float(attention.gate.abs().mean())}, step)
+        gate = float(attention.gate.abs().mean())
+        run.log_metrics({"attention/loss": float(loss), "attention/gate": gate}, step)
     return attention.eval()
 
 
@@ -132,6 +137,7 @@ def main() -> None:
         from popen.model.segmenter import Segmenter
         from popen.predict import Settings, write_bundle
         from popen.stages.learning import MODELS, samples
+        from popen.stages.model_record import log_model
         from popen.stages.systems import BUNDLE, PLAIN, THRESHOLDS, ensemble_answers
 
         params = run.params
@@ -140,7 +146,12 @@ def main() -> None:
         thresholds = {}
         for name, model in models.items():
             answered = answers(
-                model, Path(params.data.root), asked, params.evaluate, params.data.max_pixels, f"calibrate {name}"
+                model,
+                Path(params.data.root),
+                asked,
+                params.evaluate,
+                params.data.max_pixels,
+                f"calibrate {name}",
             )
             level, value = best_threshold(list(answered), params.calibrate.thresholds)
             thresholds[name] = level
@@ -177,10 +188,14 @@ def main() -> None:
                     "members": count,
                     "mode": mode,
                     "seconds": sum(seconds for _, _, seconds in found) / len(found),
-                    **{name: METRICS[name](figures) for name in ("gIoU", "gIoU_matched", "chair_s", "missing")},
+                    **{
+                        name: METRICS[name](figures)
+                        for name in ("gIoU", "gIoU_matched", "chair_s", "missing")
+                    },
                 }
             )
             run.say(str(table[-1]))
+        log_model(run, BUNDLE)
         Path("metrics").mkdir(exist_ok=True)
         Path("metrics/ensemble.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 

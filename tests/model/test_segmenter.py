@@ -44,6 +44,25 @@ def test_padding_changes_nothing(mini_model: Segmenter, picture: Image.Image, sa
     torch.testing.assert_close(both.masks[2:], alone.masks, atol=1e-4, rtol=1e-4)
 
 
+def test_a_shared_prefix_equals_whole_rows(
+    mini_model: Segmenter, picture: Image.Image, sample: Sample
+) -> None:
+    """Rows of one image share its tokens' pass; the hidden states are those of each row on its own."""
+    other = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    three = [rows(sample)[0], dataclasses.replace(rows(sample)[1], image=1), rows(sample)[1]]
+    batch = mini_model.encoder.batch([picture, other], three)
+    features = mini_model.tower(batch.images)
+    whole = mini_model.causal.model(
+        inputs_embeds=mini_model.embed(batch.input_ids, features, batch.image_of_row),
+        attention_mask=batch.attention_mask,
+        position_ids=(batch.attention_mask.cumsum(1) - 1).clamp(min=0),
+    ).last_hidden_state
+    shared = mini_model.hidden(batch, features)
+    seen = batch.attention_mask.bool()
+    torch.testing.assert_close(shared[seen], whole[seen], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(shared[1][seen[1]], shared[2][seen[2]], atol=1e-3)
+
+
 def test_generation_equals_a_teacher_forced_pass(mini_model: Segmenter, picture: Image.Image) -> None:
     """Masks, embeddings and likelihoods of a generated answer are those of a forward over the same tokens."""
     prompt_only = mini_model.encoder.batch([picture], [Row(0, "What?")])
@@ -61,7 +80,7 @@ def test_generation_equals_a_teacher_forced_pass(mini_model: Segmenter, picture:
             assert answer.text.count("{seg}") == n
             masks = [torch.zeros(32, 32, dtype=torch.bool).numpy()] * n
             batch = mini_model.encoder.batch([picture], [Row(0, row.question, "", masks[:0])])
-            prompt = mini_model.encoder.prompt_ids(row.question)
+            prompt = mini_model.encoder.prefix_ids + mini_model.encoder.question_ids(row.question)
             ids = torch.tensor([prompt + answer.token_ids])
             starts = [i for i, t in enumerate(ids[0].tolist()) if t == mini_model.encoder.first_id]
             batch = dataclasses.replace(
