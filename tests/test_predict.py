@@ -151,3 +151,9 @@ def test_a_plain_model_answers_but_makes_no_ensemble(models: Path, data: Data) -
 def test_no_model_at_all(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no model here \(config\.json is missing\)"):
         Predictor(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json cannot be used"):
+        Predictor(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"config\.json cannot be used"):
+        Predictor(tmp_path)

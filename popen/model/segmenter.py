@@ -106,14 +106,14 @@ class Segmenter(nn.Module):
         places = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
         n, images = len(self.encoder.prefix_ids), len(features[0])
         everywhere = torch.arange(images, device=places.device)
-        prefix = self.causal.model(
+        prefix = self.causal.base_model(
             inputs_embeds=self.embed(batch.input_ids[:1, :n].expand(images, n), features, everywhere),
             position_ids=places[:1, :n].expand(images, n),
             use_cache=True,
         )
         cache = prefix.past_key_values
         cache.batch_select_indices(batch.image_of_row)
-        rest = self.causal.model(
+        rest = self.causal.base_model(
             inputs_embeds=self.language.get_input_embeddings()(batch.input_ids[:, n:]),
             attention_mask=batch.attention_mask,
             position_ids=places[:, n:],
@@ -140,7 +140,7 @@ class Segmenter(nn.Module):
         hidden = self.hidden(batch, features)
         embeddings = self.segmentation_embeddings(hidden, batch)
         return Output(
-            logits=self.causal.lm_head(hidden[:, :-1][batch.answered]),
+            logits=self.causal.get_output_embeddings()(hidden[:, :-1][batch.answered]),
             embeddings=embeddings,
             masks=self.decode(embeddings, features, batch.images, batch.image_of_target),
             dense=None if batch.dense is None else self.dense(self.neck(features)[-1]),
@@ -177,9 +177,13 @@ class Segmenter(nn.Module):
             raise ModelError(
                 f"{folder}: no model here (config.json is missing); run `make repro` or pass --model"
             )
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        params = ModelParams.model_validate(config["model"])
-        model = cls(params, load_tokenizer(folder), config["categories"])
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            params, categories = ModelParams.model_validate(config["model"]), config["categories"]
+        except (ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"{folder / 'config.json'} cannot be used ({reason}); train it again") from error
+        model = cls(params, load_tokenizer(folder), categories)
         try:
             state = load_file(folder / "model.safetensors")
         except Exception as error:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from popen.model.batches import Row
 from popen.model.language import load_tokenizer, train_tokenizer
 from popen.model.losses import sft_loss
 from popen.model.segmenter import Segmenter
@@ -123,3 +124,18 @@ def test_a_language_model_by_folder_brings_its_weights(
     kept = load_file(tmp_path / "saved" / "model.safetensors")
     assert {name for name in kept if name.startswith("language.")} == moved  # not the base model's weights
     same(model, Segmenter.load(tmp_path / "saved"), picture, sample)
+
+
+def test_other_architectures_have_other_names_inside(
+    picture: Image.Image, sample: Sample, tmp_path: Path
+) -> None:
+    config = GPT2Config(vocab_size=len(TOKENIZER), n_positions=128, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    TOKENIZER.save_pretrained(tmp_path / "gpt2")
+    model = with_language(name=str(tmp_path / "gpt2")).eval()
+    output = model(model.encoder.batch([picture], rows(sample)))
+    assert output.logits.shape[1] == len(model.tokenizer)
+    assert output.masks.shape == (3, 32, 32)
+    batch = model.encoder.batch([picture], [Row(0, "What?", "It is the cup {seg}.", rows(sample)[1].masks)])
+    sft_loss(model(batch), batch, WEIGHTS)[0].backward()
+    assert model.causal.transformer.h[0].mlp.c_fc.weight.grad.abs().sum() > 0
