@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,16 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from mlflow.models import ModelSignature
-from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from PIL import Image
 
-import popen.serving
 from popen.data.images import ImageError
 from popen.ensemble.attention import RefinementAttention
 from popen.model.segmenter import Segmenter
 from popen.predict import Predictor, write_bundle
 from popen.samples import Sample
 from popen.serving import RequestError, read_image
+from popen.stages.model_record import log_model
+from popen.stages.run import QUIET, stage
 from tests.test_predict import SCORE, settings
 
 Data = tuple[Path, list[Sample]]
@@ -37,30 +38,25 @@ def bundle(taught: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Logged to a store of its own and loaded from there, as `mlflow models serve` does."""
-    root = tmp_path_factory.mktemp("store")
-    inputs = Schema([ColSpec(DataType.string, "image"), ColSpec(DataType.string, "question")])
-    params = ParamSchema(
-        [ParamSpec("members", DataType.integer, 1), ParamSpec("threshold", DataType.double, None)]
-    )
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
-    try:
-        experiment = mlflow.create_experiment("serving", artifact_location=(root / "artifacts").as_uri())
-        with mlflow.start_run(experiment_id=experiment):
-            logged = mlflow.pyfunc.log_model(
-                name="popen",
-                python_model=popen.serving.__file__,
-                artifacts={"bundle": str(bundle)},
-                signature=ModelSignature(inputs=inputs, params=params),
-                pip_requirements=[],
-            )
-        files = {path.suffix for path in root.rglob("*") if path.is_file()}
-        assert ".safetensors" in files
-        assert not files & {".pkl", ".pickle", ".bin", ".pt"}
-        return mlflow.pyfunc.load_model(logged.model_uri)
-    finally:
+def served(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Recorded by a stage in a folder of its own and loaded from there, as `mlflow models serve` does."""
+    root = tmp_path_factory.mktemp("clone")
+    (root / ".dvc").mkdir()
+    shutil.copy(Path(__file__).parents[1] / "params.yaml", root)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (*QUIET, "HF_HUB_OFFLINE", "MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "POPEN_PARENT_RUN"):
+            patch.setenv(name, "")  # the stage sets some of them: taken back afterwards
+            patch.delenv(name)
+        patch.syspath_prepend(str(root))  # MLflow puts the recorded code before it: taken back too
+        patch.chdir(root)
+        before = mlflow.get_tracking_uri()
+        with stage("calibrate") as run:
+            log_model(run, bundle)
+        files = [path for path in (root / "mlartifacts").rglob("*") if path.is_file()]
+        assert {"serving.py", "settings.json", "model.safetensors"} <= {path.name for path in files}
+        assert not {".pkl", ".pickle", ".bin", ".pt"} & {path.suffix for path in files}
+        assert run.tracker.run_id is not None
+        yield mlflow.pyfunc.load_model(f"runs:/{run.tracker.run_id}/popen")
         mlflow.set_tracking_uri(before)
 
 

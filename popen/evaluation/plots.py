@@ -175,7 +175,7 @@ def curves(series: Mapping[str, DataFrame], names: Sequence[str]) -> Figure:
 def ensemble(points: Sequence[Mapping[str, Any]]) -> Figure:
     """Quality, hallucination and time of a question against the number of members, a line a mode.
 
-    Points have the keys members, mode, seconds, gIoU_matched and chair_s.
+    Points have the keys members, mode, seconds, gIoU_matched and chair_s; None is left out.
     """
     panels = (
         ("gIoU_matched", title("gIoU_matched"), 100.0, "%"),
@@ -188,8 +188,12 @@ def ensemble(points: Sequence[Mapping[str, Any]]) -> Figure:
         figure, axes = _grid(3, 3, 3.2, 2.4)
         for axis, (key, name, factor, unit) in zip(axes, panels, strict=True):
             for number, mode in enumerate(dict.fromkeys(point["mode"] for point in points)):
-                line = [(point["members"], factor * point[key]) for point in ordered if point["mode"] == mode]
-                axis.plot(*zip(*line, strict=True), "o-", label=mode, color=f"C{number}")
+                line = [
+                    (point["members"], factor * point[key])
+                    for point in ordered
+                    if point["mode"] == mode and point[key] is not None
+                ]
+                axis.plot([x for x, _ in line], [y for _, y in line], "o-", label=mode, color=f"C{number}")
             axis.set_title(name, loc="left")
             axis.set_xscale("log", base=2)
             axis.set_xticks(sizes, [f"{size:g}" for size in sizes])

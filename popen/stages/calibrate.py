@@ -52,7 +52,7 @@ def fit_score(ensemble: Ensemble, run: Run, asked: Sequence[Sample]) -> tuple[Sc
     from popen.evaluation.answering import prediction
     from popen.evaluation.benchmark import rows
 
-    params, size = run.params, run.params.evaluate.batch // 2
+    params, size = run.params, max(1, run.params.evaluate.batch // 2)
     features, quality = [], []
     for start in range(0, len(asked), size):
         part = asked[start : start + size]
@@ -123,7 +123,7 @@ def train_attention(
         optimizer.step()
         optimizer.zero_grad()
         gate = float(attention.gate.abs().mean())
-        run.log_metrics({"attention/loss": float(loss), "attention/gate": gate}, step)
+        run.log_metrics({"attention/loss": loss.item(), "attention/gate": gate}, step)
     return attention.eval()
 
 
@@ -133,7 +133,7 @@ def main() -> None:
         from popen.ensemble.attention import RefinementAttention
         from popen.ensemble.score import reward_score
         from popen.evaluation.answering import answers, prediction
-        from popen.evaluation.benchmark import METRICS, rows
+        from popen.evaluation.benchmark import rows, summarise
         from popen.model.segmenter import Segmenter
         from popen.predict import Settings, write_bundle
         from popen.stages.learning import MODELS, samples
@@ -182,16 +182,13 @@ def main() -> None:
         ]
         for count, mode in compared:
             found = list(ensemble_answers(ensemble, params, asked, count, f"calibrate {mode} {count}", mode))
-            figures = rows(asked, [prediction(s, a, thresholds["popen"], t) for s, a, t in found])
+            figures = summarise(rows(asked, [prediction(s, a, thresholds["popen"], t) for s, a, t in found]))
             table.append(
                 {
                     "members": count,
                     "mode": mode,
                     "seconds": sum(seconds for _, _, seconds in found) / len(found),
-                    **{
-                        name: METRICS[name](figures)
-                        for name in ("gIoU", "gIoU_matched", "chair_s", "missing")
-                    },
+                    **{name: figures[name] for name in ("gIoU", "gIoU_matched", "chair_s", "missing")},
                 }
             )
             run.say(str(table[-1]))

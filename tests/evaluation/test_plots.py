@@ -52,10 +52,12 @@ def test_area_ratio_and_ensemble(table: dict[str, dict[str, pd.DataFrame]]) -> N
         {"members": 4, "mode": "mean", "seconds": 0.4, "gIoU_matched": 0.7, "chair_s": 0.1},
         {"members": 1, "mode": "mean", "seconds": 0.1, "gIoU_matched": 0.6, "chair_s": 0.2},
         {"members": 4, "mode": "best", "seconds": 0.3, "gIoU_matched": 0.5, "chair_s": 0.3},
+        {"members": 8, "mode": "best", "seconds": 0.6, "gIoU_matched": 0.6, "chair_s": None},  # nothing said
     ]
     axes = plots.ensemble(points).axes
     assert [list(np.asarray(axis.lines[0].get_ydata())) for axis in axes] == [[60, 70], [20, 10], [0.1, 0.4]]
-    assert [list(np.asarray(axis.lines[1].get_ydata())) for axis in axes] == [[50], [30], [0.3]]
+    drawn = [list(np.asarray(axis.lines[1].get_ydata())) for axis in axes]
+    assert drawn == [[50, 60], [30], [0.3, 0.6]]
 
 
 def test_curves_draw_a_line_a_stage() -> None:

@@ -34,7 +34,7 @@ SCENES = ScenesParams(
     noise=NoiseParams(absent_mentioned=0.5, present_dropped=0.1, mask_coarse=0.4),
 )
 FEW = {"train": 4, "val": 2, "test": 3}  # images of ReasonSeg and GranD_f
-BENCHMARKS = ["muse_test_less", "refcoco+"]
+BENCHMARKS = ["muse_test_less"]  # a process a system takes seconds: several benchmarks are test_report's
 SYSTEMS = ["sft", "control", "chosen", "popen", "popen+ensemble"]
 STAGES = {
     *(
@@ -95,6 +95,11 @@ def repro(clone: Path, *words: str) -> str:
     return done.stdout
 
 
+def ran(said: str) -> list[str]:
+    """The stages that ran, by what `dvc repro` printed."""
+    return re.findall(r"Running stage '(.+)':", said)
+
+
 def change(clone: Path, *keys: str, to: object) -> None:
     path = clone / "params.yaml"
     params = yaml.safe_load(path.read_text())
@@ -137,7 +142,7 @@ def records(clone: Path) -> list[Run]:
 
 def test_every_stage_runs_and_the_summary_is_complete(first: tuple[Path, str]) -> None:
     clone, said = first
-    assert set(re.findall(r"Running stage '(.+)':", said)) == STAGES
+    assert sorted(ran(said)) == sorted(STAGES)
     summary = json.loads((clone / "metrics/summary.json").read_text())
     assert set(summary) >= {*BENCHMARKS, "comparisons"}
     figures = {"gIoU", "cIoU", "gIoU_matched", "chair_i", "chair_s", "missing", "area_ratio", "questions"}
@@ -174,7 +179,8 @@ def test_reports_and_models_are_there(clone: Path) -> None:
 
 def test_the_bundle_answers_on_the_command_line(clone: Path) -> None:
     image = next((clone / "samples/refer_seg/images/mscoco/images/train2014").iterdir())
-    done = run(clone, "popen", "predict", str(image), "where is the cup?", "--ensemble", "2")
+    popen = ("python", "-c", "from popen.cli import main; main()")  # the clone's, not the one installed
+    done = run(clone, *popen, "predict", str(image), "where is the cup?", "--ensemble", "2")
     assert done.returncode == 0, done.stderr
     record = json.loads((clone / f"{image.stem}_answer.json").read_text())
     assert record["answer"].count("{seg}") == len(record["masks"])
@@ -194,13 +200,13 @@ def test_mlflow_has_one_parent_with_a_child_a_stage(clone: Path) -> None:
         assert run.data.params["align.train.steps"] == "4"
         assert run.inputs is not None
         assert run.inputs.dataset_inputs[0].dataset.digest == run.data.tags["data"] == data
+    assert by_stage["calibrate"].outputs is not None
+    assert len(by_stage["calibrate"].outputs.model_outputs) == 1  # the bundle, ready to be served
     fine = by_stage["align@fine"].data.metrics
     assert {"train/loss", "train/L_t", "train/L_s", "train/anchor_ce", "rewards_s/margins"} <= set(fine)
     summary = json.loads((clone / "metrics/summary.json").read_text())
-    logged = by_stage["report"].data.metrics
-    assert logged["gIoU/refcoco_plus/popen_plus_ensemble"] == pytest.approx(
-        summary["refcoco+"]["popen+ensemble"]["gIoU"]
-    )
+    logged = by_stage["report"].data.metrics["gIoU/muse_test_less/popen_plus_ensemble"]
+    assert logged == pytest.approx(summary["muse_test_less"]["popen+ensemble"]["gIoU"])
 
 
 def test_a_second_repro_has_nothing_to_do(clone: Path) -> None:
@@ -212,23 +218,22 @@ def test_a_second_repro_has_nothing_to_do(clone: Path) -> None:
     assert len(records(clone)) == before
 
 
-def test_a_changed_parameter_reruns_what_depends_on_it(clone: Path) -> None:
-    def changed() -> set[str]:
-        return set(json.loads(run(clone, "dvc", "status", "--json").stdout))
-
-    assert changed() == set()
-    for key, value, expected in (
+@pytest.mark.parametrize(
+    ("keys", "value", "expected"),
+    [
         (("align", "beta_t"), 0.3, {"align@coarse", "align@fine"}),
         (("mask_preferences", "sigma"), 0.9, {"mask_preferences@coarse", "mask_preferences@fine"}),
         (("ensemble", "temperature"), 0.5, {"calibrate"}),
-    ):
-        old = (clone / "params.yaml").read_text()
-        change(clone, *key, to=value)
-        assert changed() == expected
-        (clone / "params.yaml").write_text(old)
-    change(clone, "evaluate", "bootstrap", to=60)
-    assert re.findall(r"Running stage '(.+)':", repro(clone)) == ["report"]
-    assert changed() == set()
+        (("evaluate", "bootstrap"), 60, {"report"}),
+    ],
+)
+def test_a_changed_parameter_concerns_what_depends_on_it(
+    clone: Path, keys: tuple[str, ...], value: float, expected: set[str]
+) -> None:
+    before = (clone / "params.yaml").read_text()
+    change(clone, *keys, to=value)
+    assert set(json.loads(run(clone, "dvc", "status", "--json").stdout)) == expected
+    (clone / "params.yaml").write_text(before)
 
 
 def started(clone: Path, *words: str) -> subprocess.Popen[str]:
@@ -251,7 +256,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
 
 
 def test_of_two_pipelines_at_once_the_second_stops_and_nothing_is_lost(clone: Path) -> None:
-    change(clone, "evaluate", "bootstrap", to=70)
+    change(clone, "evaluate", "bootstrap", to=60)
     one = started(clone)
     wait_for(one, "report: started")
     two = run(clone, "dvc", "repro")
@@ -263,8 +268,9 @@ def test_of_two_pipelines_at_once_the_second_stops_and_nothing_is_lost(clone: Pa
     )
     rest = one.stdout.read()
     assert one.wait() == 0, rest
+    assert ran(rest) == []  # it had nothing to do but the report, where the number of resamples counts
     assert "Data and pipelines are up to date." in repro(clone)
-    assert [r.info.status for r in records(clone) if r.data.tags["stage"] == "report"] == ["FINISHED"] * 3
+    assert [r.info.status for r in records(clone) if r.data.tags["stage"] == "report"] == ["FINISHED"] * 2
 
 
 def test_a_killed_stage_ends_with_the_same_weights(clone: Path) -> None:
