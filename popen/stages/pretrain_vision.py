@@ -64,7 +64,10 @@ def pretrain(run: Run) -> None:
         evaluate,
         inputs,
         [params.model],
-        lambda: save_file(model.state_dict(), OUT / "model.safetensors"),
+        lambda: save_file(
+            {name: value.contiguous() for name, value in model.state_dict().items()},
+            OUT / "model.safetensors",
+        ),
     )
 
 

@@ -124,6 +124,9 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         patch.setattr(export, "GRAND_IMAGES", FEW)
         export.write_tree(clone / "samples", SCENES, progress=False)
     (clone / "params.yaml").write_text(yaml.safe_dump(miniature()))
+    # else DVC leaves its locks and indices of this clone in a folder of the whole machine
+    site = f"[core]\n    site_cache_dir = {clone.parent / 'site'}\n"
+    (clone / ".dvc/config.local").write_text(site)
     return clone, repro(clone)
 
 
