@@ -111,6 +111,7 @@ class SftWeights(Group):
     dice: float
     refine: float  # extra weight of pixels that two targets claim
     dense: float  # per-pixel class, auxiliary
+    describe: float  # kind and place of a target, read off its embedding, auxiliary
 
 
 class SftParams(Group):

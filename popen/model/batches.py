@@ -38,7 +38,9 @@ class Batch:
     image_of_row: Tensor  # (R,)
     input_ids: Tensor  # (R, T): the prefix with the P image tokens, padding, question and answer
     attention_mask: Tensor  # (R, T)
-    labels: Tensor  # (R, T), IGNORED outside the answer
+    # IGNORED outside the answer, and at the codebook tokens that follow a target's first: generation
+    # forces them, and to predict them would fill the very hidden states that make the embedding
+    labels: Tensor  # (R, T)
     row_of_target: Tensor  # (N,) supervised targets only
     positions: Tensor  # (N, S*K) places of their codebook tokens
     masks: Tensor  # (N, H, W) float 0/1
@@ -104,7 +106,7 @@ class Encoder:
     ) -> Batch:
         """Encode. `dense`, one sample an image, asks for per-pixel labels made of its objects."""
         pixels = np.stack([image_array(image, self.size) for image in images])
-        prefix = self.prefix_ids
+        prefix, forced = self.prefix_ids, set(self.tokenizer.convert_tokens_to_ids(self.codebook[1:]))
         prompts = [self.question_ids(row.question) for row in rows]
         answers = [[] if row.answer is None else self.answer_ids(row.answer) for row in rows]
         length = len(prefix) + max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
@@ -122,7 +124,7 @@ class Encoder:
             ids[index, length - len(used) :] = torch.tensor(used)
             attention[index, length - len(used) :] = 1
             start = length - len(answer)
-            labels[index, start:] = torch.tensor(answer, dtype=torch.long)
+            labels[index, start:] = torch.tensor([IGNORED if i in forced else i for i in answer])
             if row.masks is None:
                 continue
             firsts = [start + i for i, token in enumerate(answer) if token == self.first_id]

@@ -60,6 +60,8 @@ def build_language(params: LanguageParams, vocabulary: int, eos: int, pad: int, 
             num_hidden_layers=params.layers,
             num_attention_heads=params.heads,
             max_position_embeddings=params.max_length,
+            # 0.02 is made for wide models: at this width attention would start uniform and stay so for long
+            initializer_range=params.width**-0.5,
             bos_token_id=None,
             eos_token_id=eos,
             pad_token_id=pad,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from popen.model.batches import Batch
-from popen.model.dense import dense_loss
+from popen.model.dense import IGNORED, dense_loss
 from popen.model.segmenter import Output
 from popen.params import SftWeights
 
@@ -61,10 +61,40 @@ def mask_loss(logits: Tensor, batch: Batch, weights: SftWeights) -> dict[str, Te
     }
 
 
+def describe_loss(described: Tensor, batch: Batch) -> Tensor:
+    """What and where a target is, read off its embedding by one linear map (ours, for models from scratch).
+
+    The hidden state of a codebook token has to hold both, and the mask alone is a weak teacher of a
+    language model that does not yet look back at the words before. (N, S, 1 + categories + 3): logits of
+    the kind (the dense label of most of its pixels), then centre x, y and root of the area, all in 0..1.
+    """
+    if not len(described) or batch.dense is None:
+        return described.sum() * 0
+    labels = batch.dense[batch.image_of_target].flatten(1)
+    masks, size = batch.masks.flatten(1), batch.masks.shape[-1]
+    votes = torch.zeros((len(masks), described.shape[-1] - 3), device=masks.device)
+    votes = votes.scatter_add(1, labels.clamp(min=0), masks * (labels > 0))
+    kinds = torch.where(votes.sum(1) > 0, votes.argmax(1), IGNORED)
+    at = torch.linspace(0, 1, size, device=masks.device)
+    areas = masks.sum(1).clamp(min=1)
+    x = (batch.masks.sum(1) @ at) / areas
+    y = (batch.masks.sum(2) @ at) / areas
+    where = torch.stack([x, y, areas.sqrt() / size], dim=1)[:, None].expand(-1, described.shape[1], -1)
+    logits, placed = described[..., :-3].float(), described[..., -3:].float()
+    scales = logits.shape[1]
+    named = F.cross_entropy(
+        logits.flatten(0, 1), kinds.repeat_interleave(scales), ignore_index=IGNORED, reduction="sum"
+    )
+    count = (kinds != IGNORED).sum().clamp(min=1) * scales
+    return named / count + 4 * F.l1_loss(placed, where)
+
+
 def sft_loss(output: Output, batch: Batch, weights: SftWeights) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum and its parts."""
     parts = {"ce": cross_entropy(output.logits, batch), **mask_loss(output.masks, batch, weights)}
     if output.dense is not None and batch.dense is not None and weights.dense:
         parts["dense"] = dense_loss(output.dense, batch.dense)
+    if output.described is not None and weights.describe:
+        parts["describe"] = describe_loss(output.described, batch)
     total = sum((getattr(weights, name) * value for name, value in parts.items()), torch.zeros(()))
     return total, {name: value.detach() for name, value in parts.items()}

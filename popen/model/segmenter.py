@@ -30,7 +30,8 @@ class Output:
     logits: Tensor  # (A, V): one row a token of the answers (a label that is not IGNORED), in reading order
     embeddings: Tensor  # (N, S, C)
     masks: Tensor  # (N, H, W) logits
-    dense: Tensor | None  # (B, 1 + categories, h, w) logits
+    dense: Tensor | None = None  # (B, 1 + categories, h, w) logits
+    described: Tensor | None = None  # (N, S, 1 + categories + 3), see `describe_loss`
 
 
 class Projector(nn.Module):
@@ -73,6 +74,7 @@ class Segmenter(nn.Module):
         self.neck = Neck(self.tower.widths, self.tower.grids, width)
         self.decoder = PixelDecoder(params.decoder, scales, params.vision.image_size)
         self.dense = dense_head(width, len(categories))
+        self.describe = nn.Linear(width, 1 + len(categories) + 3)
         self.encoder = Encoder(
             tokenizer,
             names,
@@ -117,7 +119,7 @@ class Segmenter(nn.Module):
             inputs_embeds=self.language.get_input_embeddings()(batch.input_ids[:, n:]),
             attention_mask=batch.attention_mask,
             position_ids=places[:, n:],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
         return torch.cat([prefix.last_hidden_state[batch.image_of_row], rest.last_hidden_state], dim=1)
@@ -144,6 +146,7 @@ class Segmenter(nn.Module):
             embeddings=embeddings,
             masks=self.decode(embeddings, features, batch.images, batch.image_of_target),
             dense=None if batch.dense is None else self.dense(self.neck(features)[-1]),
+            described=None if batch.dense is None else self.describe(embeddings),
         )
 
     # -- saving: what a named base model provides and nothing trains is not written again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self, cast
 
 import torch
@@ -25,12 +26,16 @@ class Tower(nn.Module):
         super().__init__()
         self.net: Any = _build(params)
         self.levels = params.levels
+        self.places: nn.ParameterList | None = None
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         with torch.no_grad():
             probe = self.eval()(torch.zeros(1, 3, params.image_size, params.image_size))
         self.widths = [level.shape[1] for level in probe]
         self.grids = [level.shape[-1] for level in probe]
+        # a ViT's features know their place; those of convolutions must be told it
+        own = params.name.startswith(OWN)
+        self.places = nn.ParameterList(_sincos(*level.shape[1:]) for level in probe) if own else None
 
     def train(self, mode: bool = True) -> Self:
         """A frozen tower stays in evaluation mode: its batch statistics are frozen with its weights."""
@@ -42,7 +47,21 @@ class Tower(nn.Module):
             (images - self.mean) / self.std, indices=order, stop_early=True, intermediates_only=True
         )
         by_level = dict(zip(order, output["image_intermediates"], strict=True))
-        return [by_level[level] for level in self.levels]
+        features = [by_level[level] for level in self.levels]
+        if self.places is None:
+            return features
+        return [feature + place for feature, place in zip(features, self.places, strict=True)]
+
+
+def _sincos(width: int, height: int, breadth: int) -> nn.Parameter:
+    """Two-dimensional sine-cosine code (1, width, height, breadth), where a learned one starts."""
+    rates = math.pi * 2.0 ** torch.arange(width // 4).float().div(width // 4).mul(4)
+    y, x = torch.linspace(0, 1, height), torch.linspace(0, 1, breadth)
+    rows, columns = (
+        torch.cat([(at[:, None] * rates).sin(), (at[:, None] * rates).cos()], 1) for at in (y, x)
+    )
+    grid = torch.cat([rows[:, None].expand(-1, breadth, -1), columns[None].expand(height, -1, -1)], -1)
+    return nn.Parameter(0.5 * grid.permute(2, 0, 1)[None])
 
 
 def _build(params: VisionParams) -> nn.Module:

@@ -83,7 +83,7 @@ def test_ignored_pixels_change_nothing() -> None:
 def test_the_sum_is_weighted_and_the_dense_part_optional() -> None:
     supervised = batch(torch.tensor([[[1.0, 0.0]]]), [1])
     words = torch.log(torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
-    output = Output(words, torch.zeros(1, 1, 4), torch.tensor([[[1.0, 2.0]]]), None)
+    output = Output(words, torch.zeros(1, 1, 4), torch.tensor([[[1.0, 2.0]]]))
     total, parts = sft_loss(output, supervised, WEIGHTS)
     assert set(parts) == {"ce", "bce", "dice"}
     assert float(parts["ce"]) == pytest.approx(-(math.log(0.75) + math.log(0.5)) / 2)
