@@ -11,11 +11,11 @@ from torch import Tensor
 
 from popen.model.batches import Batch
 from popen.model.dense import IGNORED
-from popen.model.losses import bce, contested, dice, mask_loss, sft_loss
+from popen.model.losses import bce, contested, describe_loss, dice, mask_loss, sft_loss
 from popen.model.segmenter import Output
 from popen.params import SftWeights
 
-WEIGHTS = SftWeights(ce=1.0, bce=2.0, dice=0.5, refine=3.0, dense=0.25)
+WEIGHTS = SftWeights(ce=1.0, bce=2.0, dice=0.5, refine=3.0, dense=0.25, describe=0.5)
 
 
 def batch(masks: Tensor, rows: list[int], valid: Tensor | None = None) -> Batch:
@@ -105,3 +105,21 @@ def test_a_batch_without_targets_has_a_mask_loss_of_zero_that_can_be_differentia
     assert [float(part.detach()) for part in parts.values()] == [0.0, 0.0]
     (parts["bce"] + parts["dice"]).backward()
     assert logits.grad is not None
+
+
+def test_describe_loss_by_hand() -> None:
+    """Kind: the dense label of most of the target's pixels; place: centre and root of the area, 0..1."""
+    masks = torch.zeros(1, 3, 3)
+    masks[0, 0, 1:] = 1.0  # centre x 0.75, y 0; area 2
+    labels = torch.tensor([[[0, 2, 2], [1, 1, 1], [1, 1, 1]]])
+    supervised = replace(batch(masks, [0]), dense=labels)
+    right = torch.tensor([0.75, 0.0, math.sqrt(2) / 3])
+    kinds = torch.log(torch.tensor([0.2, 0.3, 0.5]))
+    described = torch.cat([kinds, right]).view(1, 1, 6)
+    assert float(describe_loss(described, supervised)) == pytest.approx(-math.log(0.5))
+    moved = torch.cat([kinds, right + torch.tensor([0.3, 0.0, 0.0])]).view(1, 1, 6)
+    assert float(describe_loss(moved, supervised)) == pytest.approx(-math.log(0.5) + 4 * 0.1, rel=1e-5)
+    unknown = replace(supervised, dense=torch.full((1, 3, 3), IGNORED))
+    assert float(describe_loss(described, unknown)) == pytest.approx(0.0, abs=1e-6)
+    none = replace(supervised, masks=torch.zeros(0, 3, 3), row_of_target=torch.zeros(0, dtype=torch.long))
+    assert float(describe_loss(torch.zeros(0, 1, 6), none)) == 0.0
