@@ -26,6 +26,7 @@ from popen.ensemble.members import (
 )
 from popen.ensemble.score import FEATURES, Score, mask_confidence, reward_score
 from popen.model.batches import Row
+from popen.model.dense import IGNORED
 from popen.model.generate import generate
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
@@ -132,7 +133,7 @@ def test_features_are_what_their_names_say(taught: Segmenter, asked: Asked) -> N
             assert sure == pytest.approx(expected)
             image, question = asked[0][row], asked[1][row]
             batch = taught.encoder.batch([image], [Row(0, question, answer.text)])
-            tokens = len(taught.encoder.answer_ids(answer.text))
+            tokens = int((batch.labels != IGNORED).sum())
             with torch.no_grad():
                 mine, theirs = (float(token_logps(net(batch).logits, batch).sum()) for net in (taught, other))
             assert reward == pytest.approx((mine - theirs) / tokens, abs=1e-3)

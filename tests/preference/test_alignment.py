@@ -101,22 +101,25 @@ def test_corrected_answers_come_first_and_carry_the_masks(
     batch, tokenizer = made.batch, taught.tokenizer
     said = []
     for row, labels in zip(batch.input_ids, batch.labels, strict=True):
-        answer = row[labels != IGNORED].tolist()
+        answer = labels[labels != IGNORED].tolist()
+        assert answer == row[labels != IGNORED].tolist()
         assert answer[-1] == tokenizer.eos_token_id
         said.append(answer)
     expected = [p.chosen for p in texts] + [p.rejected for p in texts]
-    assert said == [taught.encoder.answer_ids(answer) for answer in expected]
+    forced = tokenizer.convert_tokens_to_ids(taught.encoder.codebook[1:])  # they carry no loss
+    spoken = [[i for i in taught.encoder.answer_ids(a) if i not in forced] for a in expected]
+    assert said == spoken
     assert batch.image_of_row.tolist() == [0, 1, 2, 0, 1, 2]
     assert batch.row_of_target.tolist() == [0, 0, 1, 2, 2]
     assert made.differs.tolist() == [True, True, False]
     values = [(p.chosen_changed, p.chosen_ref) for p in texts]
     values += [(p.rejected_changed, p.rejected_ref) for p in texts]
     for row, (mark, logps) in enumerate(values):
-        answered = batch.labels[row] != IGNORED
-        assert made.changed[row][answered].tolist() == mark
-        assert made.reference[row][answered].tolist() == pytest.approx(logps)
-        assert not made.changed[row][~answered].any()
-        assert not made.reference[row][~answered].any()
+        tail = slice(-len(mark), None)  # the answer's tokens, forced ones included
+        assert made.changed[row][tail].tolist() == mark
+        assert made.reference[row][tail].tolist() == pytest.approx(logps)
+        assert not made.changed[row][: -len(mark)].any()
+        assert not made.reference[row][batch.labels[row] == IGNORED].any()
     first = winners(made)
     assert len(first.input_ids) == 3
     assert first.row_of_target.tolist() == [0, 0, 1, 2, 2]
