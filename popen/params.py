@@ -96,6 +96,7 @@ class TrainParams(Group):
     questions: Positive  # questions an image
     accumulate: Positive
     lr: float = Field(gt=0)
+    muon: float = Field(ge=0)  # learning rate of Muon for matrices of the LM's blocks; 0: AdamW for all
     warmup: Share
     weight_decay: float = Field(ge=0)
     clip: float = Field(gt=0)
@@ -112,6 +113,7 @@ class SftWeights(Group):
     refine: float  # extra weight of pixels that two targets claim
     dense: float  # per-pixel class, auxiliary
     describe: float  # kind and place of a target, read off its embedding, auxiliary
+    point: float  # where the embedding looks back at the image, auxiliary
 
 
 class SftParams(Group):

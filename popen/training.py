@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from popen.optim import optimizers
 from popen.params import TrainParams
 
 Log = Callable[[dict[str, float], int], None]
@@ -101,19 +102,12 @@ def train(
         gradient_accumulation_steps=params.accumulate, mixed_precision="bf16" if bf16 else "no", cpu=not bf16
     )
     trainable = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if p.ndim > 1]
-    others = [p for p in trainable if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": params.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=params.lr,
-        betas=(0.9, 0.95),
-    )
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, math.ceil(params.warmup * params.steps), params.steps
-    )
+    chosen = optimizers(model, params)
+    warmup = math.ceil(params.warmup * params.steps)
+    schedules = [get_cosine_schedule_with_warmup(one, warmup, params.steps) for one in chosen]
     curve = Curve(log)
-    accelerator.register_for_checkpointing(schedule, curve)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(*schedules, curve)
+    prepared, *chosen = accelerator.prepare(model, *chosen)
     found: tuple[int, Path] | None = checkpoints.latest()
     done = 0
     if found is not None:
@@ -141,16 +135,18 @@ def train(
                 if accelerator.sync_gradients:
                     parts["grad_norm"] = accelerator.clip_grad_norm_(trainable, params.clip)
                     _stop_unless_finite(parts["grad_norm"], "gradient's norm", parts, name, step)
-                optimizer.step()
-                optimizer.zero_grad()
+                for optimizer in chosen:
+                    optimizer.step()
+                    optimizer.zero_grad()
             curve.add({"loss": value.detach(), **parts})
             if not accelerator.sync_gradients:
                 continue
-            schedule.step()
+            for schedule in schedules:
+                schedule.step()
             step += 1
             bar.update()
             if step % 10 == 0 or step == params.steps:
-                means = curve.means() | {"lr": schedule.get_last_lr()[0]}
+                means = curve.means() | {"lr": schedules[0].get_last_lr()[0]}
                 bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
                 # names with a group of their own, "rewards_t/margins", keep it
                 curve.point({k if "/" in k else f"train/{k}": mean for k, mean in means.items()}, step)

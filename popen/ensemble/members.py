@@ -121,7 +121,9 @@ def align(
     ]
     batch = model.encoder.batch(images, rows).to(model.device)
     features = [model.tower(view.to(model.device)) for view in pixels]
-    embeddings = [model.segmentation_embeddings(model.hidden(batch, levels), batch) for levels in features]
+    embeddings = [
+        model.segmentation_embeddings(model.hidden(batch, levels), batch, levels)[0] for levels in features
+    ]
     by_row = torch.from_numpy(scores).float().to(model.device)
     return Aligned(batch, torch.stack(embeddings, dim=1), features, by_row[batch.row_of_target])
 

@@ -19,17 +19,29 @@ def spell(answer: str, names: list[str]) -> str:
 
 
 class Codebook(nn.Module):
-    """Hidden states of the codebook tokens (N, S, K, D) -> segmentation embeddings (N, S, C).
+    """Hidden states of the codebook tokens and the image's deepest features -> segmentation embeddings.
 
-    The K tokens of a scale are fused by a learned convex combination (PixelLM's token fusion).
+    The K tokens of a scale are fused by a learned convex combination (PixelLM's token fusion). What comes
+    out then looks back at the image once (ours): which of two cups is meant is found by comparing words
+    with places, and one attention over the image does that far sooner than a language model learns to
+    carry places through its hidden states. docs/results.md has the measurement.
     """
 
-    def __init__(self, scales: int, tokens: int, hidden: int, width: int) -> None:
+    def __init__(self, scales: int, tokens: int, hidden: int, width: int, vision: int) -> None:
         super().__init__()
         self.scales, self.tokens = scales, tokens
         self.fuse = nn.Parameter(torch.zeros(scales, tokens))
         self.project = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.norm = nn.LayerNorm(vision)
+        self.query, self.key, self.value = (nn.Linear(n, width) for n in (width, vision, vision))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        weights = self.fuse.softmax(dim=1)
-        return self.project(torch.einsum("sk,nskd->nsd", weights, hidden))
+    def forward(self, hidden: Tensor, features: Tensor, image_of: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (N, S, K, D), features (B, width, h, w), image_of (N,) in 0..B-1.
+
+        Returns the embeddings (N, S, C) and where they looked: logits over the image's cells (N, S, h w).
+        """
+        embeddings = self.project(torch.einsum("sk,nskd->nsd", self.fuse.softmax(dim=1), hidden))
+        cells = self.norm(features.flatten(2).transpose(1, 2).to(embeddings.dtype))
+        keys, values = self.key(cells)[image_of], self.value(cells)[image_of]
+        looked = self.query(embeddings) @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5
+        return embeddings + looked.softmax(dim=-1) @ values, looked

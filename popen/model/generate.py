@@ -110,14 +110,14 @@ def _answers(
         counts.append(len(firsts))
         image_of += [int(batch.image_of_row[row])] * len(firsts)
         chosen += [hidden[row, first : first + size] for first in firsts]
-    shape = (len(chosen), model.codebook.scales, model.codebook.tokens, -1)
+    images = torch.tensor(image_of, dtype=torch.long, device=model.device)
     if chosen:
-        embeddings = model.codebook(torch.stack(chosen).float().view(shape))
+        shape = (len(chosen), model.codebook.scales, model.codebook.tokens, -1)
+        states = torch.stack(chosen).float().view(shape)
+        embeddings, _ = model.codebook(states, features[0], images)
     else:
         embeddings = torch.zeros((0, model.codebook.scales, model.params.decoder.width), device=model.device)
-    masks = model.decode(
-        embeddings, features, pixels, torch.tensor(image_of, dtype=torch.long, device=model.device)
-    )
+    masks = model.decode(embeddings, features, pixels, images)
     per_row = zip(texts, ids, means, embeddings.split(counts), masks.split(counts), strict=True)
     return [Answer(*fields) for fields in per_row]
 

@@ -89,6 +89,17 @@ def describe_loss(described: Tensor, batch: Batch) -> Tensor:
     return named / count + 4 * F.l1_loss(placed, where)
 
 
+def point_loss(looked: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of where a target's embedding looks, (N, S, h w) logits, against its mask's share of
+    each cell (ours). A target without a pixel counts as 0."""
+    if not len(looked):
+        return looked.sum()
+    grid = round(looked.shape[-1] ** 0.5)
+    shares = F.adaptive_avg_pool2d(batch.masks * batch.valid, grid).flatten(1)
+    shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-6)
+    return -(shares[:, None] * looked.float().log_softmax(-1)).sum(-1).mean()
+
+
 def sft_loss(output: Output, batch: Batch, weights: SftWeights) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum and its parts."""
     parts = {"ce": cross_entropy(output.logits, batch), **mask_loss(output.masks, batch, weights)}
@@ -96,5 +107,7 @@ def sft_loss(output: Output, batch: Batch, weights: SftWeights) -> tuple[Tensor,
         parts["dense"] = dense_loss(output.dense, batch.dense)
     if output.described is not None and weights.describe:
         parts["describe"] = describe_loss(output.described, batch)
+    if output.looked is not None and weights.point:
+        parts["point"] = point_loss(output.looked, batch)
     total = sum((getattr(weights, name) * value for name, value in parts.items()), torch.zeros(()))
     return total, {name: value.detach() for name, value in parts.items()}

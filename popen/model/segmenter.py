@@ -32,6 +32,7 @@ class Output:
     masks: Tensor  # (N, H, W) logits
     dense: Tensor | None = None  # (B, 1 + categories, h, w) logits
     described: Tensor | None = None  # (N, S, 1 + categories + 3), see `describe_loss`
+    looked: Tensor | None = None  # (N, S, h w) logits, see `point_loss`
 
 
 class Projector(nn.Module):
@@ -70,7 +71,7 @@ class Segmenter(nn.Module):
         )
         hidden = self.language.get_input_embeddings().embedding_dim
         self.projector = Projector(self.tower.widths[0], params.vision.shuffle, hidden)
-        self.codebook = Codebook(scales, params.decoder.tokens, hidden, width)
+        self.codebook = Codebook(scales, params.decoder.tokens, hidden, width, self.tower.widths[0])
         self.neck = Neck(self.tower.widths, self.tower.grids, width)
         self.decoder = PixelDecoder(params.decoder, scales, params.vision.image_size)
         self.dense = dense_head(width, len(categories))
@@ -124,10 +125,13 @@ class Segmenter(nn.Module):
         )
         return torch.cat([prefix.last_hidden_state[batch.image_of_row], rest.last_hidden_state], dim=1)
 
-    def segmentation_embeddings(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Hidden states (R, T, D) -> embeddings of the batch's targets (N, S, C)."""
+    def segmentation_embeddings(
+        self, hidden: Tensor, batch: Batch, features: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states (R, T, D) -> embeddings of the batch's targets (N, S, C), and where they looked."""
         chosen = hidden[batch.row_of_target[:, None], batch.positions]
-        return self.codebook(chosen.unflatten(1, (self.codebook.scales, self.codebook.tokens)).float())
+        states = chosen.unflatten(1, (self.codebook.scales, self.codebook.tokens)).float()
+        return self.codebook(states, features[0], batch.image_of_target)
 
     def decode(self, embeddings: Tensor, features: list[Tensor], images: Tensor, image_of: Tensor) -> Tensor:
         """Embeddings (N, S, C) and the images' features -> mask logits (N, H, W)."""
@@ -140,13 +144,14 @@ class Segmenter(nn.Module):
         if features is None:
             features = self.tower(batch.images)
         hidden = self.hidden(batch, features)
-        embeddings = self.segmentation_embeddings(hidden, batch)
+        embeddings, looked = self.segmentation_embeddings(hidden, batch, features)
         return Output(
             logits=self.causal.get_output_embeddings()(hidden[:, :-1][batch.answered]),
             embeddings=embeddings,
             masks=self.decode(embeddings, features, batch.images, batch.image_of_target),
             dense=None if batch.dense is None else self.dense(self.neck(features)[-1]),
             described=None if batch.dense is None else self.describe(embeddings),
+            looked=looked,
         )
 
     # -- saving: what a named base model provides and nothing trains is not written again

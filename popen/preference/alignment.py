@@ -140,4 +140,4 @@ def align_loss(
 def anchor_output(output: Output, batch: PreferenceBatch) -> Output:
     """The part of the output that belongs to the corrected answers (they come first)."""
     tokens = int(batch.batch.answered[: len(batch.differs)].sum())
-    return Output(output.logits[:tokens], output.embeddings, output.masks)
+    return Output(output.logits[:tokens], output.embeddings, output.masks, looked=output.looked)
