@@ -27,6 +27,7 @@ PARAMS = TrainParams(
     questions=1,
     accumulate=1,
     lr=0.05,
+    muon=0.0,
     warmup=0.2,
     weight_decay=0.1,
     clip=0.5,
@@ -114,19 +115,19 @@ def interrupted(at: int) -> Callable[[int], Any]:
     return make
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path, accumulate: int) -> None:
+@pytest.mark.parametrize(("accumulate", "muon"), [(1, 0.0), (3, 0.0), (1, 0.02)])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path, accumulate: int, muon: float) -> None:
     """Weights, statistics and the whole logged curve, wherever and however often it was stopped."""
     straight = toy()
-    curve = run(straight, tmp_path / "straight", accumulate=accumulate)
+    curve = run(straight, tmp_path / "straight", accumulate=accumulate, muon=muon)
     resumed = toy()
     a_step = 4 * accumulate
     for stop in (9, 12, 23):  # before the second checkpoint, again before it, after the third
         with pytest.raises(Interrupted):
-            run(resumed, tmp_path / "resumed", interrupted(stop * a_step), accumulate=accumulate)
+            run(resumed, tmp_path / "resumed", interrupted(stop * a_step), accumulate=accumulate, muon=muon)
         resumed = toy()  # a new process begins with new weights
         torch.manual_seed(stop)  # and other random numbers
-    points = run(resumed, tmp_path / "resumed", accumulate=accumulate)
+    points = run(resumed, tmp_path / "resumed", accumulate=accumulate, muon=muon)
     assert equal(state(resumed), state(straight))
     assert points == curve
     assert not equal(state(straight), state(toy()))

@@ -161,7 +161,6 @@ class Ensemble:
     params: EnsembleParams
     threshold: float
 
-    @torch.no_grad()
     def answer(
         self,
         images: Sequence[Image.Image],
@@ -169,9 +168,20 @@ class Ensemble:
         members: int,
         max_new_tokens: int,
         seed: int,
-        mode: str | None = None,
     ) -> list[Answer]:
         """One refined answer a question (question i is about image i)."""
+        return self.refined(*self.gather(images, questions, members, max_new_tokens, seed), self.params.mode)
+
+    @torch.no_grad()
+    def gather(
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        members: int,
+        max_new_tokens: int,
+        seed: int,
+    ) -> tuple[list[Answer], Aligned]:
+        """The kept answer to each question, not refined yet, and its targets as every member sees them."""
         said = ask(
             self.model,
             self.reference,
@@ -186,7 +196,12 @@ class Ensemble:
         scores = self.score(said.features)
         kept = [said.answers[best][row] for row, best in enumerate(scores.argmax(1).tolist())]
         aligned = align(self.model, images, questions, [answer.text for answer in kept], said.pixels, scores)
-        masks = refine(self.model, self.attention, aligned, mode or self.params.mode)
+        return kept, aligned
+
+    @torch.no_grad()
+    def refined(self, kept: Sequence[Answer], aligned: Aligned, mode: str) -> list[Answer]:
+        """The kept answers with the masks that `mode` makes of their members (see `refine`)."""
+        masks = refine(self.model, self.attention, aligned, mode)
         counts = [answer.text.count("{seg}") for answer in kept]
         parts = zip(kept, masks.split(counts), aligned.embeddings[:, 0].split(counts), strict=True)
         return [Answer(a.text, a.token_ids, a.logp, embedding, mask) for a, mask, embedding in parts]

@@ -9,8 +9,10 @@ import torch
 from tqdm import tqdm
 
 from popen.data.images import open_image
+from popen.masks import decode
 from popen.model.batches import Row
-from popen.model.generate import generate
+from popen.model.dense import mask_array
+from popen.model.generate import Answer, generate
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
 from popen.params import MaskPreferenceParams, TextPreferenceParams
@@ -50,7 +52,7 @@ def text_pairs(
         ]
         found = []
         for answers, sample in zip(zip(*drawn, strict=True), part, strict=True):
-            pairs = [(answer.text, correct(answer.text, sample)) for answer in answers]
+            pairs = [(said.text, correct(said.text, sample, _drawn(said, sample))) for said in answers]
             found.append(next((pair for pair in pairs if pair[1].changed), pairs[0]))
         asked_with = list(zip(asked, found, strict=True))
         rows = [Row(row.image, row.question, fix.answer) for row, (_, fix) in asked_with]
@@ -146,6 +148,13 @@ def mask_pairs(
             " or lower .margin"
         )
     return MaskPairs(uids, targets, **{name: torch.stack(values) for name, values in kept.items()})
+
+
+def _drawn(said: Answer, sample: Sample) -> list[list[float]]:
+    """IoU of the mask of each of an answer's phrases with each target's, at the model's mask size."""
+    size = said.masks.shape[-1]
+    truth = [torch.from_numpy(mask_array(decode(target.rle), size)) for target in sample.targets]
+    return [[float(_ious(mask > 0, true)) for true in truth] for mask in said.masks]
 
 
 def _loser(ranks: Ranks | None, stage: str) -> int | None:

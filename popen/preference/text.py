@@ -15,6 +15,7 @@ from difflib import SequenceMatcher
 from popen.data.nouns import singular
 from popen.samples import SEG, Region, Sample
 
+DRAWN = 0.5  # IoU from which on a phrase's mask is that of a target
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _STOP = re.compile(r"[.,;:!?()\n]")
 
@@ -112,11 +113,12 @@ def category(phrase: str, categories: Sequence[str]) -> str | None:
     return max(found)[1] if found else None
 
 
-def correct(sampled: str, sample: Sample) -> Correction:
+def correct(sampled: str, sample: Sample, ious: Sequence[Sequence[float]] = ()) -> Correction:
     """Correct a sampled answer by the ground truth (P_t's rule).
 
-    Phrases are matched to targets by name, then where they can mean no other thing ("a cup" for the only red
-    cup), then by kind; a phrase of the right kind only is replaced by the target's name. Phrases left over
+    Phrases are matched to targets by name, then by kind and mask ("the left cup" for the red cup, where its
+    mask is the red cup's), then where they can mean no other thing ("a cup" for the only red cup), then by
+    kind alone; a phrase of the right kind only is replaced by the target's name. Phrases left over
     name no target (absent, not asked for, or said twice) and are removed; targets left over are inserted at
     the place of their order in `sample.targets`. Prefix, suffix and the style of the list stay the model's
     own; only "it is" becomes "they are" (and the like) where the number of things changed and the data set's
@@ -124,12 +126,17 @@ def correct(sampled: str, sample: Sample) -> Correction:
     without phrases is right when there is no target, whatever its words.
 
     A phrase is matched by the categories of the sample alone, so a synonym ("mug") counts as wrong.
+
+    Args:
+        sampled: the model's answer.
+        sample: the question with its true answer.
+        ious: IoU of each phrase's mask with each target's, [phrase][target]; none: words alone decide.
     """
     things = (*sample.targets, *sample.objects)
     answer = parse(sampled, [thing.name for thing in things])
     if not answer.phrases and not sample.targets:
         return Correction(sampled, (), changed=False)
-    kept = _match(answer.phrases, sample)
+    kept = _match(answer.phrases, sample, ious)
     if not kept:
         return Correction(sample.answer, sample.targets, changed=sample.answer != sampled)
 
@@ -191,28 +198,37 @@ def _noun_phrase(text: str, names: Sequence[str]) -> tuple[int, int]:
     return matches[start].start(), end
 
 
-def _match(phrases: Sequence[str], sample: Sample) -> list[tuple[int, str]]:
+def _match(
+    phrases: Sequence[str], sample: Sample, ious: Sequence[Sequence[float]]
+) -> list[tuple[int, str]]:
     """(index of the target, right phrase) of each phrase that names a target, in the phrases' order."""
     things = (*sample.targets, *sample.objects)
     categories = sorted({thing.category for thing in things if thing.category})
     kinds = [category(phrase, categories) for phrase in phrases]
 
-    def same_name(p: int, target: Region) -> bool:
-        return _words(phrases[p]) == _words(target.name)
+    def same_name(p: int, t: int) -> bool:
+        return _words(phrases[p]) == _words(sample.targets[t].name)
 
-    def means(p: int, target: Region) -> bool:
+    def same_mask(p: int, t: int) -> bool:
+        others = [_words(thing.name) for thing in things if thing.rle != sample.targets[t].rle]
+        drawn = bool(ious) and ious[p][t] >= DRAWN
+        return drawn and same_kind(p, t) and _words(phrases[p]) not in others
+
+    def means(p: int, t: int) -> bool:
+        target = sample.targets[t]
         said = _content(phrases[p])
         fits = [t for t in things if t.category == target.category and said <= _content(t.name)]
         return kinds[p] == target.category and target in fits and all(t.rle == target.rle for t in fits)
 
-    def same_kind(p: int, target: Region) -> bool:
-        return kinds[p] == target.category
+    def same_kind(p: int, t: int) -> bool:
+        return kinds[p] == sample.targets[t].category
 
     found: dict[int, tuple[int, str]] = {}
     free = list(range(len(sample.targets)))
-    for rule in (same_name, means, same_kind):  # surest first, or a wrong phrase takes another's target
+    # surest first, or a wrong phrase takes another's target
+    for rule in (same_name, same_mask, means, same_kind):
         for p, phrase in enumerate(phrases):
-            index = next((i for i in free if p not in found and rule(p, sample.targets[i])), None)
+            index = next((i for i in free if p not in found and rule(p, i)), None)
             if index is not None:
                 found[p] = index, sample.targets[index].name if rule is same_kind else phrase
                 free.remove(index)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from popen.stages.run import Run, stage
 
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from popen.ensemble.attention import RefinementAttention
     from popen.ensemble.members import Ensemble
     from popen.ensemble.score import Score
+    from popen.evaluation.prediction import Prediction
     from popen.model.generate import Answer
     from popen.model.segmenter import Segmenter
     from popen.samples import Sample
 
 SIZES = (1, 2, 4, 8)  # ensemble sizes of the report's figure
+MODES = ("attention", "mean", "best", "probability")
+ATTENTION_BATCHES = 20  # of 16 questions each
 
 
 def best_threshold(
@@ -85,6 +88,8 @@ def train_attention(
     """Train the attention alone, on the preference split: true answers, M perturbed views, mask loss."""
     import torch
 
+    from tqdm import tqdm
+
     from popen.data.images import open_image
     from popen.ensemble.attention import RefinementAttention
     from popen.ensemble.members import align, ask
@@ -97,8 +102,9 @@ def train_attention(
     asked = [sample for sample in samples("preference") if sample.targets]
     plan = pair_plan(asked, params.seed)
     model.requires_grad_(False)
-    for step in range(params.ensemble.steps):
-        part = [plan(step * 16 + place) for place in range(16)]
+    seen = []  # the members are asked once, the attention sees them several times
+    for number in tqdm(range(min(ATTENTION_BATCHES, params.ensemble.steps)), desc="members", unit="batch"):
+        part = [plan(number * 16 + place) for place in range(16)]
         images = [open_image(Path(params.data.root), s.image, params.data.max_pixels) for s in part]
         questions = [sample.question for sample in part]
         said = ask(
@@ -110,11 +116,13 @@ def train_attention(
             params.ensemble.members,
             params.evaluate.max_new_tokens,
             threshold,
-            params.seed + step,
+            params.seed + number,
         )
         aligned = align(model, images, questions, [s.answer for s in part], said.pixels, score(said.features))
         rows = [sample_row(sample, index) for index, sample in enumerate(part)]
-        supervised = model.encoder.batch(images, rows).to(model.device)
+        seen.append((aligned, model.encoder.batch(images, rows).to(model.device)))
+    for step in range(params.ensemble.steps):
+        aligned, supervised = seen[step % len(seen)]
         refined = attention(aligned.embeddings, aligned.scores)
         masks = model.decode(refined, aligned.features[0], supervised.images, supervised.image_of_target)
         parts = mask_loss(masks, supervised, params.sft.loss)
@@ -127,18 +135,55 @@ def train_attention(
     return attention.eval()
 
 
+def tried(ensemble: Ensemble, run: Run, asked: Sequence[Sample], count: int) -> list[dict[str, Any]]:
+    """Figures of `count` members on validation: in the chosen mode, and in every mode at the chosen count."""
+    import time
+
+    from tqdm import tqdm
+
+    from popen.data.images import open_image
+    from popen.evaluation.answering import prediction
+    from popen.evaluation.benchmark import rows, summarise
+
+    params, size = run.params, max(1, run.params.evaluate.batch // 2)
+    modes = MODES if count == params.ensemble.members else (params.ensemble.mode,)
+    found: dict[str, list[Prediction]] = {mode: [] for mode in modes}
+    for start in tqdm(range(0, len(asked), size), desc=f"calibrate {count} members", unit="batch"):
+        part, began = asked[start : start + size], time.perf_counter()
+        images = [open_image(Path(params.data.root), s.image, params.data.max_pixels) for s in part]
+        questions, tokens = [sample.question for sample in part], params.evaluate.max_new_tokens
+        gathered = ensemble.gather(images, questions, count, tokens, params.seed + start)
+        shared = time.perf_counter() - began
+        for mode, predictions in found.items():
+            began = time.perf_counter()
+            answers = ensemble.refined(*gathered, mode)
+            seconds = (shared + time.perf_counter() - began) / len(part)
+            predictions += [
+                prediction(s, a, ensemble.threshold, seconds) for s, a in zip(part, answers, strict=True)
+            ]
+    table = []
+    for mode, predictions in found.items():
+        figures = summarise(rows(asked, predictions))
+        seconds = sum(one.seconds for one in predictions) / len(predictions)
+        names = ("gIoU", "gIoU_matched", "chair_s", "missing")
+        table.append(
+            {"members": count, "mode": mode, "seconds": seconds, **{name: figures[name] for name in names}}
+        )
+        run.say(str(table[-1]))
+    return table
+
+
 def main() -> None:
     with stage("calibrate") as run:
         from popen.ensemble import members
         from popen.ensemble.attention import RefinementAttention
         from popen.ensemble.score import reward_score
-        from popen.evaluation.answering import answers, prediction
-        from popen.evaluation.benchmark import rows, summarise
+        from popen.evaluation.answering import answers
         from popen.model.segmenter import Segmenter
         from popen.predict import Settings, write_bundle
         from popen.stages.learning import MODELS, samples
         from popen.stages.model_record import log_model
-        from popen.stages.systems import BUNDLE, PLAIN, THRESHOLDS, ensemble_answers
+        from popen.stages.systems import BUNDLE, PLAIN, THRESHOLDS
 
         params = run.params
         asked = [s for s in samples("val") if s.objects][: params.calibrate.questions]
@@ -173,25 +218,7 @@ def main() -> None:
         run.curves(Path("artifacts/curves/calibrate.csv"))
 
         ensemble = members.Ensemble(model, reference, score, attention, params.ensemble, thresholds["popen"])
-        table = []
-        compared = [(count, params.ensemble.mode) for count in SIZES]
-        compared += [
-            (params.ensemble.members, mode)
-            for mode in ("attention", "mean", "best", "probability")
-            if mode != params.ensemble.mode
-        ]
-        for count, mode in compared:
-            found = list(ensemble_answers(ensemble, params, asked, count, f"calibrate {mode} {count}", mode))
-            figures = summarise(rows(asked, [prediction(s, a, thresholds["popen"], t) for s, a, t in found]))
-            table.append(
-                {
-                    "members": count,
-                    "mode": mode,
-                    "seconds": sum(seconds for _, _, seconds in found) / len(found),
-                    **{name: figures[name] for name in ("gIoU", "gIoU_matched", "chair_s", "missing")},
-                }
-            )
-            run.say(str(table[-1]))
+        table = [row for count in sorted({*SIZES, params.ensemble.members}) for row in tried(ensemble, run, asked, count)]
         log_model(run, BUNDLE)
         Path("metrics").mkdir(exist_ok=True)
         Path("metrics/ensemble.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

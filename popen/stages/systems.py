@@ -35,7 +35,6 @@ def ensemble_answers(
     samples: Sequence[Sample],
     count: int,
     name: str,
-    mode: str | None = None,
 ) -> Iterator[tuple[Sample, Answer, float]]:
     """The ensemble's answers in the order of `samples`, with the seconds a question."""
     size = max(1, params.evaluate.batch // 2)
@@ -46,7 +45,7 @@ def ensemble_answers(
             images = [open_image(Path(params.data.root), s.image, params.data.max_pixels) for s in part]
             questions = [sample.question for sample in part]
             seed = params.seed + start
-            found = ensemble.answer(images, questions, count, params.evaluate.max_new_tokens, seed, mode)
+            found = ensemble.answer(images, questions, count, params.evaluate.max_new_tokens, seed)
             seconds = (time.perf_counter() - began) / len(part)
             for sample, answer in zip(part, found, strict=True):
                 yield sample, answer, seconds

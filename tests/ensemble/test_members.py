@@ -79,7 +79,8 @@ def opened(model: Segmenter) -> RefinementAttention:
 def test_an_ensemble_of_one_is_the_plain_greedy_answer(taught: Segmenter, asked: Asked, mode: str) -> None:
     images, questions = asked
     plain = generate(taught, images, [Row(i, question) for i, question in enumerate(questions)], LENGTH)
-    found = ensemble(taught).answer(images, questions, 1, LENGTH, seed=3, mode=mode)
+    system = ensemble(taught)
+    found = system.refined(*system.gather(images, questions, 1, LENGTH, seed=3), mode)
     for one, other in zip(found, plain, strict=True):
         assert (one.text, one.token_ids, one.logp) == (other.text, other.token_ids, other.logp)
         torch.testing.assert_close(one.embeddings, other.embeddings, atol=1e-4, rtol=1e-4)

@@ -1,10 +1,14 @@
-"""Codebook tokens and their fusion."""
+"""Codebook tokens, their fusion, and the look back at the image."""
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor
 
 from popen.model.codebook import Codebook, spell, token_names
+
+IMAGES = torch.arange(6) % 2
 
 
 def test_an_answer_spells_every_target_with_all_tokens_in_order() -> None:
@@ -13,13 +17,44 @@ def test_an_answer_spells_every_target_with_all_tokens_in_order() -> None:
     assert spell("a cup {seg} and {seg}.", names) == f"a cup {''.join(names)} and {''.join(names)}."
 
 
-def test_tokens_of_a_scale_are_averaged_at_first_then_weighted() -> None:
+@pytest.fixture
+def codebook() -> Codebook:
     torch.manual_seed(0)
-    codebook = Codebook(scales=2, tokens=3, hidden=4, width=5)
+    return Codebook(scales=2, tokens=3, hidden=4, width=5, vision=6)
+
+
+@pytest.fixture
+def features() -> Tensor:
+    return torch.randn(2, 6, 3, 3, generator=torch.Generator().manual_seed(1))
+
+
+def test_tokens_of_a_scale_are_averaged_at_first_then_weighted(codebook: Codebook, features: Tensor) -> None:
     hidden = torch.randn(6, 2, 3, 4)
-    assert codebook(hidden).shape == (6, 2, 5)
-    torch.testing.assert_close(codebook(hidden), codebook.project(hidden.mean(2)))
     with torch.no_grad():
+        codebook.value.weight.zero_()  # sees nothing: only the fused tokens are left
+        codebook.value.bias.zero_()
+        embeddings, looked = codebook(hidden, features, IMAGES)
+        assert embeddings.shape == (6, 2, 5) and looked.shape == (6, 2, 9)
+        torch.testing.assert_close(embeddings, codebook.project(hidden.mean(2)))
         codebook.fuse[1] = torch.tensor([0.0, 100.0, 0.0])  # the second scale listens to its second token
-    expected = torch.stack([hidden[:, 0].mean(1), hidden[:, 1, 1]], dim=1)
-    torch.testing.assert_close(codebook(hidden), codebook.project(expected))
+        expected = torch.stack([hidden[:, 0].mean(1), hidden[:, 1, 1]], dim=1)
+        torch.testing.assert_close(codebook(hidden, features, IMAGES)[0], codebook.project(expected))
+
+
+def test_an_embedding_takes_what_is_where_it_looks_in_its_own_image(
+    codebook: Codebook, features: Tensor
+) -> None:
+    hidden = torch.randn(6, 2, 3, 4)
+    with torch.no_grad():
+        codebook.query.weight.mul_(1000.0)  # looks at one cell alone
+        embeddings, looked = codebook(hidden, features, IMAGES)
+        cells = codebook.value(codebook.norm(features.flatten(2).transpose(1, 2)))
+        for target, image in enumerate(IMAGES.tolist()):
+            for scale, cell in enumerate(looked[target].argmax(-1).tolist()):
+                seen = embeddings[target, scale] - codebook.project(hidden[target, scale].mean(0))
+                torch.testing.assert_close(seen, cells[image, cell], rtol=1e-3, atol=1e-4)
+
+
+def test_no_target_at_all_gives_no_embedding(codebook: Codebook, features: Tensor) -> None:
+    embeddings, looked = codebook(torch.zeros(0, 2, 3, 4), features, torch.zeros(0, dtype=torch.long))
+    assert embeddings.shape == (0, 2, 5) and looked.shape == (0, 2, 9)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from popen.model.batches import Batch
 from popen.model.dense import IGNORED
-from popen.model.losses import bce, contested, describe_loss, dice, mask_loss, sft_loss
+from popen.model.losses import bce, contested, describe_loss, dice, mask_loss, point_loss, sft_loss
 from popen.model.segmenter import Output
 from popen.params import SftWeights
 
-WEIGHTS = SftWeights(ce=1.0, bce=2.0, dice=0.5, refine=3.0, dense=0.25, describe=0.5)
+WEIGHTS = SftWeights(ce=1.0, bce=2.0, dice=0.5, refine=3.0, dense=0.25, describe=0.5, point=0.0)
 
 
 def batch(masks: Tensor, rows: list[int], valid: Tensor | None = None) -> Batch:
@@ -123,3 +123,21 @@ def test_describe_loss_by_hand() -> None:
     assert float(describe_loss(described, unknown)) == pytest.approx(0.0, abs=1e-6)
     none = replace(supervised, masks=torch.zeros(0, 3, 3), row_of_target=torch.zeros(0, dtype=torch.long))
     assert float(describe_loss(torch.zeros(0, 1, 6), none)) == 0.0
+
+
+def test_point_loss_by_hand() -> None:
+    """Cross-entropy against each cell's share of the mask, ignored pixels left out; scales are averaged."""
+    masks = torch.zeros(2, 4, 4)
+    masks[0, :2, :2] = 1.0  # the first cell of a 2 x 2 grid, all of it ...
+    masks[0, 2:, 2] = 1.0  # ... and half of the last: shares 2/3 and 1/3
+    valid = torch.ones_like(masks)
+    looked = torch.log(torch.tensor([[0.4, 0.1, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4]]))
+    looked = looked[None].expand(2, 2, 4)  # two targets, each with two scales
+    supervised = batch(masks, [0, 1], valid)
+    scales = [-(2 * math.log(0.4) + math.log(0.3)) / 3, -(2 * math.log(0.1) + math.log(0.4)) / 3]
+    # the second target has no pixel: it counts as 0
+    assert float(point_loss(looked, supervised)) == pytest.approx(sum(scales) / 4)
+    valid[0, 2:] = 0.0
+    ignored = batch(masks, [0, 1], valid)
+    assert float(point_loss(looked, ignored)) == pytest.approx(-(math.log(0.4) + math.log(0.1)) / 4)
+    assert float(point_loss(torch.zeros(0, 2, 4), batch(torch.zeros(0, 4, 4), []))) == 0.0

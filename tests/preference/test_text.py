@@ -251,6 +251,22 @@ def test_a_target_listed_among_the_objects_by_its_kind_is_no_rival() -> None:
     assert correct("Use the cup {seg}.", rival).answer == "Use the red cup {seg}."
 
 
+def test_a_phrase_of_the_right_kind_is_right_where_its_mask_is() -> None:
+    """There are several true names for a thing; the mask says which thing the model means."""
+    left, right = thing("the left cup", "cup", 1), thing("the right cup", "cup", 9)
+    sample = ask(right, objects=(left, right))
+    said = "Take the red cup {seg}."
+    assert correct(said, sample).answer == "Take the right cup {seg}."  # words alone cannot tell
+    assert not correct(said, sample, [[0.5]]).changed
+    assert correct(said, sample, [[0.49]]).answer == "Take the right cup {seg}."
+    # a name that is another thing's, or of another kind, is wrong wherever the mask lies
+    assert correct("Take the left cup {seg}.", sample, [[0.9]]).answer == "Take the right cup {seg}."
+    assert correct("Take the fork {seg}.", sample, [[0.9]]).answer == sample.answer
+    both = ask(left, right, objects=(left, right))
+    swapped = correct("Take the small cup {seg} and the big cup {seg}.", both, [[0.0, 0.8], [0.8, 0.0]])
+    assert (swapped.changed, swapped.targets) == (False, (right, left))
+
+
 def test_without_categories_names_decide() -> None:
     target = thing("the thing that keeps you dry", "", 1)
     sample = ask(target, objects=())
