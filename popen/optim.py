@@ -9,7 +9,7 @@ from popen.params import TrainParams
 
 
 def optimizers(model: nn.Module, params: TrainParams) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, without weight decay on vectors; with `params.muon`, Muon for what it is made for.
+    """AdamW, without weight decay on vectors; with `params.muon`, Muon for the matrices it is made for.
 
     Muon takes weights of linear layers, tied embeddings left out; `params.muon` is its learning rate in
     AdamW's scale (updates are matched in RMS). A language model from scratch learns about twice as much
@@ -36,7 +36,7 @@ def optimizers(model: nn.Module, params: TrainParams) -> list[torch.optim.Optimi
     return found
 
 
-def _between_layers(model: nn.Module) -> list[nn.Parameter]:
+def _between_layers(model: nn.Module) -> list[torch.Tensor]:
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     return [w for w in linear if w.requires_grad and id(w) not in embedded]

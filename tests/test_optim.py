@@ -44,6 +44,8 @@ def test_muon_takes_matrices_between_layers_alone_and_leaves_the_rest_to_adamw()
     adamw, muon = optimizers(model, params(muon=0.02))
     assert isinstance(muon, torch.optim.Muon)
     assert [id(p) for group in muon.param_groups for p in group["params"]] == [id(model.layer.weight)]
-    assert muon.param_groups[0]["lr"] == 0.02 and muon.param_groups[0]["weight_decay"] == 0.5
+    assert muon.param_groups[0]["lr"] == 0.02
+    assert muon.param_groups[0]["weight_decay"] == 0.5
     left = {id(p) for group in adamw.param_groups for p in group["params"]}
-    assert id(model.layer.weight) not in left and id(model.embed.weight) in left
+    assert id(model.layer.weight) not in left
+    assert id(model.embed.weight) in left

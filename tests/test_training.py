@@ -116,7 +116,9 @@ def interrupted(at: int) -> Callable[[int], Any]:
 
 
 @pytest.mark.parametrize(("accumulate", "muon"), [(1, 0.0), (3, 0.0), (1, 0.02)])
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path, accumulate: int, muon: float) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
+    tmp_path: Path, accumulate: int, muon: float
+) -> None:
     """Weights, statistics and the whole logged curve, wherever and however often it was stopped."""
     straight = toy()
     curve = run(straight, tmp_path / "straight", accumulate=accumulate, muon=muon)

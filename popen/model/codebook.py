@@ -42,6 +42,6 @@ class Codebook(nn.Module):
         """
         embeddings = self.project(torch.einsum("sk,nskd->nsd", self.fuse.softmax(dim=1), hidden))
         cells = self.norm(features.flatten(2).transpose(1, 2).to(embeddings.dtype))
-        keys, values = self.key(cells)[image_of], self.value(cells)[image_of]
+        keys, values = (part(cells).index_select(0, image_of) for part in (self.key, self.value))
         looked = self.query(embeddings) @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5
         return embeddings + looked.softmax(dim=-1) @ values, looked

@@ -126,7 +126,7 @@ class PixelDecoder(nn.Module):
         masks: list[Tensor] = []
         refined = embeddings[:, 0]
         for index, scale in enumerate(self.scales):
-            pixels = features[index][image_of]
+            pixels = features[index].index_select(0, image_of)
             if masks:
                 guide = F.interpolate(masks[-1], size=pixels.shape[-2:], mode="bilinear")
                 pixels = pixels * (1 + guide.sigmoid())
@@ -139,6 +139,6 @@ class PixelDecoder(nn.Module):
         )
         logits = F.interpolate(total, size=(self.size, self.size), mode="bilinear")
         if self.detail:
-            detail = self.stem(images)[image_of] * self.select(refined)[:, :, None, None]
+            detail = self.stem(images).index_select(0, image_of) * self.select(refined)[:, :, None, None]
             logits = logits + self.sharpen(torch.cat([logits, detail], dim=1))
         return logits[:, 0]

@@ -20,6 +20,8 @@ from popen.model.language import IMAGE, build_language, load_tokenizer
 from popen.model.vision import Tower
 from popen.params import ModelParams
 
+PARTS = 3  # of a batch's rows, sorted by length
+
 
 class ModelError(ValueError):
     """A saved model cannot be used; the message says which file and what to do."""
@@ -104,8 +106,11 @@ class Segmenter(nn.Module):
         """Last hidden states of the LM (R, T, D).
 
         Rows that share an image share its tokens' pass: the prefix runs once an image, and its keys and
-        values are handed to the rows (the same numbers as a pass over whole rows, for less work).
+        values are handed to the rows. Those run in parts of about equal length, without the padding that
+        the batch's longest row asks of all. The same numbers as a pass over whole rows, for less work.
         """
+        from transformers import DynamicCache
+
         places = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
         n, images = len(self.encoder.prefix_ids), len(features[0])
         everywhere = torch.arange(images, device=places.device)
@@ -114,16 +119,27 @@ class Segmenter(nn.Module):
             position_ids=places[:1, :n].expand(images, n),
             use_cache=True,
         )
-        cache = prefix.past_key_values
-        cache.batch_select_indices(batch.image_of_row)
-        rest = self.causal.base_model(
-            inputs_embeds=self.language.get_input_embeddings()(batch.input_ids[:, n:]),
-            attention_mask=batch.attention_mask,
-            position_ids=places[:, n:],
-            cache=cache,
-            use_cache=True,
-        )
-        return torch.cat([prefix.last_hidden_state[batch.image_of_row], rest.last_hidden_state], dim=1)
+        seen = [(layer.keys, layer.values) for layer in prefix.past_key_values.layers]
+        lengths = batch.attention_mask[:, n:].sum(1)
+        order = lengths.argsort()
+        done: list[Tensor] = []
+        for rows in order.chunk(PARTS):
+            start = batch.input_ids.shape[1] - int(lengths[rows].max())
+            image_of = batch.image_of_row[rows]
+            rest = self.causal.base_model(
+                inputs_embeds=self.language.get_input_embeddings()(batch.input_ids[rows, start:]),
+                attention_mask=torch.cat(
+                    [batch.attention_mask[rows, :n], batch.attention_mask[rows, start:]], dim=1
+                ),
+                position_ids=places[rows, start:],
+                cache=DynamicCache(
+                    [(k.index_select(0, image_of), v.index_select(0, image_of)) for k, v in seen]
+                ),
+                use_cache=True,
+            )
+            done.append(F.pad(rest.last_hidden_state, (0, 0, start - n, 0)))
+        behind = torch.cat(done).index_select(0, order.argsort())
+        return torch.cat([prefix.last_hidden_state.index_select(0, batch.image_of_row), behind], dim=1)
 
     def segmentation_embeddings(
         self, hidden: Tensor, batch: Batch, features: list[Tensor]

@@ -198,9 +198,7 @@ def _noun_phrase(text: str, names: Sequence[str]) -> tuple[int, int]:
     return matches[start].start(), end
 
 
-def _match(
-    phrases: Sequence[str], sample: Sample, ious: Sequence[Sequence[float]]
-) -> list[tuple[int, str]]:
+def _match(phrases: Sequence[str], sample: Sample, ious: Sequence[Sequence[float]]) -> list[tuple[int, str]]:
     """(index of the target, right phrase) of each phrase that names a target, in the phrases' order."""
     things = (*sample.targets, *sample.objects)
     categories = sorted({thing.category for thing in things if thing.category})

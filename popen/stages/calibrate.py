@@ -87,7 +87,6 @@ def train_attention(
 ) -> RefinementAttention:
     """Train the attention alone, on the preference split: true answers, M perturbed views, mask loss."""
     import torch
-
     from tqdm import tqdm
 
     from popen.data.images import open_image
@@ -218,7 +217,11 @@ def main() -> None:
         run.curves(Path("artifacts/curves/calibrate.csv"))
 
         ensemble = members.Ensemble(model, reference, score, attention, params.ensemble, thresholds["popen"])
-        table = [row for count in sorted({*SIZES, params.ensemble.members}) for row in tried(ensemble, run, asked, count)]
+        table = [
+            row
+            for count in sorted({*SIZES, params.ensemble.members})
+            for row in tried(ensemble, run, asked, count)
+        ]
         log_model(run, BUNDLE)
         Path("metrics").mkdir(exist_ok=True)
         Path("metrics/ensemble.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -34,7 +34,8 @@ def test_tokens_of_a_scale_are_averaged_at_first_then_weighted(codebook: Codeboo
         codebook.value.weight.zero_()  # sees nothing: only the fused tokens are left
         codebook.value.bias.zero_()
         embeddings, looked = codebook(hidden, features, IMAGES)
-        assert embeddings.shape == (6, 2, 5) and looked.shape == (6, 2, 9)
+        assert embeddings.shape == (6, 2, 5)
+        assert looked.shape == (6, 2, 9)
         torch.testing.assert_close(embeddings, codebook.project(hidden.mean(2)))
         codebook.fuse[1] = torch.tensor([0.0, 100.0, 0.0])  # the second scale listens to its second token
         expected = torch.stack([hidden[:, 0].mean(1), hidden[:, 1, 1]], dim=1)
@@ -46,7 +47,7 @@ def test_an_embedding_takes_what_is_where_it_looks_in_its_own_image(
 ) -> None:
     hidden = torch.randn(6, 2, 3, 4)
     with torch.no_grad():
-        codebook.query.weight.mul_(1000.0)  # looks at one cell alone
+        codebook.query.weight.mul_(1e5)  # looks at one cell alone
         embeddings, looked = codebook(hidden, features, IMAGES)
         cells = codebook.value(codebook.norm(features.flatten(2).transpose(1, 2)))
         for target, image in enumerate(IMAGES.tolist()):
@@ -57,4 +58,5 @@ def test_an_embedding_takes_what_is_where_it_looks_in_its_own_image(
 
 def test_no_target_at_all_gives_no_embedding(codebook: Codebook, features: Tensor) -> None:
     embeddings, looked = codebook(torch.zeros(0, 2, 3, 4), features, torch.zeros(0, dtype=torch.long))
-    assert embeddings.shape == (0, 2, 5) and looked.shape == (0, 2, 9)
+    assert embeddings.shape == (0, 2, 5)
+    assert looked.shape == (0, 2, 9)
