@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from popen.evaluation.prediction import Prediction
 
 MODEL = Path("artifacts/models/popen+ensemble")
-MAX_PIXELS = 40_000_000  # as `data.max_pixels` of the pipeline
 
 app = typer.Typer(
     help="Reasoning segmentation with preference alignment: ask about an image, get words and masks.\n\n"
@@ -77,7 +76,7 @@ def predict(
     ] = None,
 ) -> None:
     """Answer QUESTION about IMAGE: print the words, write the masks as a picture and as JSON."""
-    from popen.data.images import open_image
+    from popen.data.images import MAX_PIXELS, open_image
 
     if not question.strip():
         raise UsageError(

@@ -32,6 +32,10 @@ from popen.samples import Sample
 PLAIN_THRESHOLD, PLAIN_LENGTH = 0.0, 128  # where a folder brings no settings
 
 
+class QuestionError(ValueError):
+    """A question cannot be asked; the message says why."""
+
+
 @dataclass(frozen=True)
 class Settings:
     threshold: float  # logit
@@ -83,13 +87,14 @@ class Predictor:
     def __init__(self, folder: Path) -> None:
         """Load a bundle or a plain model folder. Raises ModelError."""
         self.ensemble: Ensemble | None = None
-        self.threshold, self.length = PLAIN_THRESHOLD, PLAIN_LENGTH
+        self.threshold = PLAIN_THRESHOLD
         if (folder / "settings.json").is_file():
             self.ensemble, settings = load_ensemble(folder)
             self.model = self.ensemble.model
             self.threshold, self.length = settings.threshold, settings.max_new_tokens
         else:
             self.model = Segmenter.load(folder)
+            self.length = min(PLAIN_LENGTH, self.model.room // 2)
 
     def __call__(
         self,
@@ -101,9 +106,16 @@ class Predictor:
     ) -> Prediction:
         """Words and masks. `members` > 1 asks an ensemble; `threshold` None means the calibrated one.
 
-        Raises ModelError for an ensemble of a plain model folder.
+        Raises ModelError for an ensemble of a plain model folder, QuestionError for a question that leaves
+        the language model no room to answer.
         """
         began = time.perf_counter()
+        encoder = self.model.encoder
+        tokens, most = len(encoder.question_ids(question)), self.model.room - self.length
+        if tokens > most:
+            raise QuestionError(
+                f"the question has {tokens} tokens, {most} at most fit; ask it in fewer words"
+            )
         if members == 1:
             answer = generate(self.model, [image], [Row(0, question)], self.length)[0]
         elif self.ensemble is None:

@@ -10,9 +10,7 @@ import mlflow
 import pandas as pd
 from PIL import Image
 
-from popen.data.images import decode_image, open_image
-
-MAX_PIXELS = 40_000_000  # as `data.max_pixels` of the pipeline
+from popen.data.images import MAX_PIXELS, decode_image, open_image
 
 
 class RequestError(ValueError):

@@ -19,7 +19,7 @@ from popen.model.batches import Row
 from popen.model.generate import generate
 from popen.model.segmenter import ModelError, Segmenter
 from popen.params import EnsembleParams
-from popen.predict import PLAIN_LENGTH, Predictor, Settings, load_ensemble, write_bundle
+from popen.predict import Predictor, QuestionError, Settings, load_ensemble, write_bundle
 from popen.samples import Sample
 
 Data = tuple[Path, list[Sample]]
@@ -141,11 +141,17 @@ def test_an_ensemble_answers_as_asked_under_its_seed(bundle: Path, data: Data) -
 
 def test_a_plain_model_answers_but_makes_no_ensemble(models: Path, data: Data) -> None:
     predict = Predictor(models / "popen")
-    assert (predict.ensemble, predict.threshold, predict.length) == (None, 0.0, PLAIN_LENGTH)
+    assert (predict.ensemble, predict.threshold, predict.length) == (None, 0.0, predict.model.room // 2)
     image, question = picture(data)
     assert predict(image, question).text == data[1][0].answer
     with pytest.raises(ModelError, match="plain model without an ensemble; ask for one answer"):
         predict(image, question, members=2)
+
+
+def test_a_question_that_leaves_no_room_for_an_answer(models: Path, data: Data) -> None:
+    image = Image.open(data[0] / data[1][0].image)
+    with pytest.raises(QuestionError, match=r"the question has \d+ tokens, \d+ at most fit"):
+        Predictor(models / "popen")(image, "where is the cup? " * 200)
 
 
 def test_no_model_at_all(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+MAX_PIXELS = 40_000_000  # where no parameter says otherwise
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 

@@ -93,8 +93,9 @@ class Encoder:
 
     def question_ids(self, question: str) -> list[int]:
         """Ids of the prompt behind the image."""
-        text = PROMPT.partition(IMAGE)[2].format(question=question.replace(IMAGE, ""))
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        text = PROMPT.partition(IMAGE)[2].format(question=question)
+        # a question that spells a special token ("<image>") gets its letters, never the token
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def answer_ids(self, answer: str) -> list[int]:
         """Ids of an answer with `{seg}`, closed by the end token."""

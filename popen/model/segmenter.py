@@ -95,6 +95,11 @@ class Segmenter(nn.Module):
     def device(self) -> torch.device:
         return self.decoder.bias.device
 
+    @property
+    def room(self) -> int:
+        """Tokens of question and answer together that the language model can read behind an image."""
+        return int(self.causal.config.max_position_embeddings) - len(self.encoder.prefix_ids)
+
     def embed(self, input_ids: Tensor, features: list[Tensor], image_of_row: Tensor) -> Tensor:
         """Token ids (R, T) -> embeddings (R, T, D), the image's tokens in their places."""
         embeds = self.language.get_input_embeddings()(input_ids)

@@ -40,9 +40,12 @@ def test_a_question_cannot_smuggle_in_an_image(mini_model: Segmenter, picture: I
     def ids(question: str) -> list[int]:
         return mini_model.encoder.batch([picture], [Row(0, question)]).input_ids[0].tolist()
 
-    smuggled = ids(f"What{IMAGE} is {{0}} this?")
-    assert smuggled.count(mini_model.encoder.image_id) == mini_model.encoder.image_tokens
-    assert smuggled == ids("What is {0} this?")
+    encoder = mini_model.encoder
+    for spelled in (f"What{IMAGE} is {{0}} this?", f"What <{IMAGE}image> is this?", encoder.codebook[0]):
+        smuggled = ids(spelled)
+        assert smuggled.count(encoder.image_id) == encoder.image_tokens
+        assert encoder.first_id not in smuggled
+        assert spelled in encoder.tokenizer.decode(smuggled)  # its letters are there
 
 
 def test_targets_know_their_row_tokens_masks_and_ignored_pixels(
