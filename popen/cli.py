@@ -50,7 +50,7 @@ def scenes(
 def predict(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG, WebP, BMP, TIFF or GIF file.")],
     question: Annotated[
-        str, typer.Argument(metavar="QUESTION", help='For example: "What would I need to eat soup?"')
+        str, typer.Argument(metavar="QUESTION", help='For example: "what would i need to eat soup?"')
     ],
     model: Annotated[Path, typer.Option(metavar="FOLDER", help="A trained model.")] = MODEL,
     ensemble: Annotated[
@@ -80,7 +80,7 @@ def predict(
 
     if not question.strip():
         raise UsageError(
-            'the question is empty; ask one, for example "Where is the second cup from the left?"'
+            'the question is empty; ask one, for example "where is the second cup from the left?"'
         )
     if not any((model / name).is_file() for name in ("settings.json", "config.json")):
         raise UsageError(f"{model}: no model there; run `make repro` first or name another one with --model")

@@ -6,11 +6,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Level = Annotated[int, Field(ge=0)]
+
+
+def _a_range(sides: tuple[float, float]) -> tuple[float, float]:
+    if not 0.0 < sides[0] <= sides[1] <= 1.0:
+        raise ValueError(f"must be 0 < low <= high <= 1, not {list(sides)}")
+    return sides
+
+
+Sides = Annotated[tuple[float, float], AfterValidator(_a_range)]  # of a rectangle, parts of the image's side
 
 
 class Group(BaseModel):
@@ -131,7 +140,7 @@ class MaskPreferenceParams(Group):
     perturbed: Positive  # K images a question
     rectangles: Positive
     sigma: float = Field(gt=0)  # of the pixel range
-    side: tuple[float, float]  # of the image's side
+    side: Sides
     margin: Share  # smallest IoU between the ranks of a pair
     area_ratio: float = Field(ge=1)  # largest ratio of areas inside a pair
 
@@ -160,7 +169,7 @@ class EnsembleParams(Group):
     score: Literal["calibrated", "reward"]
     temperature: float
     sigma: float
-    side: tuple[float, float]
+    side: Sides
     steps: Positive  # training of the attention
 
 

@@ -49,6 +49,10 @@ def _not_a_choice(raw: Any) -> None:
     raw["ensemble"]["mode"] = "median"
 
 
+def _sides_in_the_wrong_order(raw: Any) -> None:
+    raw["mask_preferences"]["side"] = [0.5, 0.2]
+
+
 @pytest.mark.parametrize(
     ("spoil", "key", "problem"),
     [
@@ -57,6 +61,7 @@ def _not_a_choice(raw: Any) -> None:
         (_missing, "sft.train.lr", "Field required"),
         (_wrong_type, "scenes.train", "valid integer"),
         (_out_of_range, "contract.tolerated", "less than or equal to 1"),
+        (_sides_in_the_wrong_order, "mask_preferences.side", "0 < low <= high <= 1"),
         (_not_a_choice, "ensemble.mode", "'attention', 'mean'"),
     ],
 )

@@ -224,7 +224,7 @@ def test_a_second_repro_has_nothing_to_do(clone: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "value", "expected"),
     [
-        (("align", "beta_t"), 0.3, {"align@coarse", "align@fine"}),
+        (("align", "beta_t"), 0.77, {"align@coarse", "align@fine"}),
         (("mask_preferences", "sigma"), 0.9, {"mask_preferences@coarse", "mask_preferences@fine"}),
         (("ensemble", "temperature"), 0.5, {"calibrate"}),
         (("evaluate", "bootstrap"), 60, {"report"}),
