@@ -24,6 +24,7 @@ from popen.stages.run import stage
 POOLED = "all_muse_test"  # the two MUSE test sets as one: the questions of the claims
 PARTS = ("muse_test_less", "muse_test_many")
 EXAMPLES = 4  # questions a heading
+LONG = ("pretrain_vision", "sft")  # stages of thousands of steps, drawn apart from those of dozens
 
 
 @dataclass
@@ -81,11 +82,14 @@ def write_plots(root: Path, found: Evaluated, resamples: int, seed: int) -> Iter
         "area_ratio": plots.area_ratio(found.rows),
     }
     series = read_curves(root / "artifacts/curves")
-    names = sorted({str(name) for frame in series.values() for name in frame["name"]})
-    rewards = [name for name in names if name.startswith("rewards")]
-    for title, chosen in (("rewards", rewards), ("training", [n for n in names if n not in rewards])):
-        if chosen:
-            figures[title] = plots.curves(series, chosen)
+    long = {stage: frame for stage, frame in series.items() if stage in LONG}
+    short = {stage: frame for stage, frame in series.items() if stage not in LONG}
+    for title, part in (("training", long), ("alignment", short)):
+        names = sorted({str(name) for frame in part.values() for name in frame["name"]})
+        rewards = [name for name in names if name.startswith("rewards")]
+        for figure, chosen in ((title, [n for n in names if n not in rewards]), ("rewards", rewards)):
+            if chosen:
+                figures[figure] = plots.curves(part, chosen)
     sizes = root / "metrics/ensemble.json"
     if sizes.is_file():
         figures["ensemble"] = plots.ensemble(json.loads(sizes.read_text(encoding="utf-8")))

@@ -170,7 +170,7 @@ def test_reports_and_models_are_there(clone: Path) -> None:
     assert (clone / "reports/examples.html").stat().st_size > 10_000
     plots = {path.stem for path in (clone / "reports/plots").glob("*.png")}
     assert plots >= {"quality", "hallucination", "iou_histograms", "area_ratio", "ensemble"}
-    assert plots >= {"training", "rewards"}
+    assert plots >= {"training", "alignment", "rewards"}
     sizes = json.loads((clone / "metrics/ensemble.json").read_text())
     assert [row["members"] for row in sizes if row["mode"] == "attention"] == [1, 2, 4, 8]
     assert set(json.loads((clone / "artifacts/thresholds.json").read_text())) == {*SYSTEMS[:4]}
