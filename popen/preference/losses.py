@@ -24,23 +24,28 @@ Metrics = dict[str, float]
 
 
 def weighted_logp(logps: Tensor, changed: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """Dense log-likelihood of answers: sum(w log p) / sum(w), w = gamma on changed tokens and 1 elsewhere.
+    """Dense log-likelihood of pairs: sum(w log p) / Z, w = gamma on changed tokens and 1 elsewhere.
 
-    The weighted mean keeps the part that winner and loser share from drowning the few tokens that differ
-    (the dense DPO of RLHF-V, Yu et al. 2024, eq. 4).
+    The weights keep the part that winner and loser share from drowning the few tokens that differ (the dense
+    DPO of RLHF-V, Yu et al. 2024, eq. 4). There Z is each answer's own sum(w). Here it is the mean of the
+    two answers' (ours): words that both begin with then cancel from the margin. Under its own Z the shorter
+    answer's weigh more, and a loser that forgot a target teaches the model not to name those it had right
+    (docs/results.md).
 
     Args:
-        logps: (B, T) log-probability of each answer token.
+        logps: (B, T) log-probability of each answer token; the winners, then as many losers in the same
+            order.
         changed: (B, T) bool, tokens in which this answer differs from its rival.
         mask: (B, T) bool, tokens of the answer; what the others (prompt, padding) hold is not looked at.
         gamma: weight of a changed token, > 0.
 
     Returns:
-        (B,) in fp32 or better; 0 for an answer without tokens.
+        (B,) in fp32 or better; 0 for a pair without tokens.
     """
     logps = _precise(logps).masked_fill(~mask, 0.0)
     weights = (1.0 + (gamma - 1.0) * changed.to(logps.dtype)) * mask
-    total = weights.sum(1)
+    half = len(weights) // 2
+    total = ((weights[:half].sum(1) + weights[half:].sum(1)) / 2).repeat(2)
     return (weights * logps).sum(1) / torch.where(total > 0, total, 1.0)
 
 

@@ -87,9 +87,9 @@ def write_plots(root: Path, found: Evaluated, resamples: int, seed: int) -> Iter
     for title, part in (("training", long), ("alignment", short)):
         names = sorted({str(name) for frame in part.values() for name in frame["name"]})
         rewards = [name for name in names if name.startswith("rewards")]
-        for figure, chosen in ((title, [n for n in names if n not in rewards]), ("rewards", rewards)):
+        for drawing, chosen in ((title, [n for n in names if n not in rewards]), ("rewards", rewards)):
             if chosen:
-                figures[figure] = plots.curves(part, chosen)
+                figures[drawing] = plots.curves(part, chosen)
     sizes = root / "metrics/ensemble.json"
     if sizes.is_file():
         figures["ensemble"] = plots.ensemble(json.loads(sizes.read_text(encoding="utf-8")))

@@ -27,8 +27,22 @@ def test_weighted_logp_by_hand() -> None:
     logps = torch.tensor([[-1.0, -2.0, -4.0, -100.0], [-3.0, float("-inf"), float("nan"), -5.0]])
     changed = torch.tensor([[False, True, False, True], [False, True, False, False]])
     mask = torch.tensor([[True, True, True, False], [True, False, False, True]])
-    # (1*-1 + 3*-2 + 1*-4) / (1+3+1) and, with no changed token inside the mask, the plain mean (-3-5)/2
-    assert weighted_logp(logps, changed, mask, 3.0).tolist() == pytest.approx([-11 / 5, -4.0])
+    # 1*-1 + 3*-2 + 1*-4 and, with no changed token inside the mask, the plain sum -3-5; both through the
+    # mean of their weights 1+3+1 and 1+1
+    assert weighted_logp(logps, changed, mask, 3.0).tolist() == pytest.approx([-11 / 3.5, -8 / 3.5])
+
+
+def test_words_that_both_answers_begin_with_cancel_from_the_margin() -> None:
+    """Else a loser that only forgot a target would teach against what it had right."""
+    logps = normal(2, 6).requires_grad_()
+    changed = torch.tensor([[False, False, False, True, True, True], [False] * 6])
+    mask = torch.tensor([[True] * 6, [True] * 3 + [False] * 3])  # the loser is the winner's first half
+    chosen, rejected = weighted_logp(logps, changed, mask, 2.0).split(1)
+    (chosen - rejected).sum().backward()
+    assert logps.grad is not None
+    together = logps.grad[0, :3] + logps.grad[1, :3]  # those positions hold the same tokens
+    torch.testing.assert_close(together, torch.zeros(3).double())
+    assert (logps.grad[0, 3:] > 0).all()
 
 
 def test_weighted_logp_of_an_answer_without_tokens_is_zero_and_bf16_is_raised() -> None:
@@ -202,7 +216,7 @@ def test_losses_survive_extreme_values_in_fp32() -> None:
             lambda p: mask_loss(p, normal(3, 4, 4, seed=9), blobs(seed=1), blobs(seed=2), 0.5)[0],
             ((3, 4, 4),),
         ),
-        (lambda p: weighted_logp(p, normal(3, 4, seed=3) > 0, normal(3, 4, seed=4) > 0, 2.5), ((3, 4),)),
+        (lambda p: weighted_logp(p, normal(4, 3, seed=3) > 0, normal(4, 3, seed=4) > 0, 2.5), ((4, 3),)),
     ],
     ids=["text", "embedding", "mask", "weighted_logp"],
 )

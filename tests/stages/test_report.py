@@ -113,13 +113,13 @@ def built(project: Path, settings: Params) -> tuple[dict[str, dict[str, dict[str
 def test_writes_everything(project: Path, built: tuple[object, list[Path]]) -> None:
     names = {path.relative_to(project).as_posix() for path in built[1]}
     plots = ("quality", "hallucination", "iou_histograms", "area_ratio", "ensemble")
-    plots += ("training", "alignment", "rewards")
+    more = ("training", "alignment", "rewards")
     assert names == {
         "metrics/summary.json",
         "reports/results.md",
         "reports/examples.html",
         "reports/teaser.png",
-        *(f"reports/plots/{plot}.png" for plot in plots),
+        *(f"reports/plots/{plot}.png" for plot in plots + more),
     }
     for path in built[1]:
         if path.suffix == ".png":
