@@ -77,6 +77,10 @@ def predict(
 ) -> None:
     """Answer QUESTION about IMAGE: print the words, write the masks as a picture and as JSON."""
     from popen.data.images import MAX_PIXELS, open_image
+    from popen.stages.run import QUIET
+
+    for key, value in QUIET.items():  # read when the libraries are imported, below
+        os.environ.setdefault(key, value)
 
     if not question.strip():
         raise UsageError(
