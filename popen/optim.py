@@ -12,8 +12,8 @@ def optimizers(model: nn.Module, params: TrainParams) -> list[torch.optim.Optimi
     """AdamW, without weight decay on vectors; with `params.muon`, Muon for the matrices it is made for.
 
     Muon takes weights of linear layers, tied embeddings left out; `params.muon` is its learning rate in
-    AdamW's scale (updates are matched in RMS). A language model from scratch learns about twice as much
-    a step with it (docs/results.md).
+    AdamW's scale (updates are matched in RMS). A language model from scratch learns more a step with it
+    (docs/results.md).
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrices = _between_layers(model) if params.muon else []
