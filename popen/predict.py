@@ -1,7 +1,8 @@
 """Answers to single questions: what `popen predict` and the served model share.
 
 A bundle, written by the stage `calibrate`, holds all that this needs:
-    model/, reference/      the aligned model and the one before alignment
+    model/                  the aligned model
+    reference/              the one before alignment, where the members' score is the implicit reward
     score.json, attention.safetensors
     settings.json           threshold, ensemble parameters, longest answer
 A plain model folder (artifacts/sft, ...) will do for answers without an ensemble.
@@ -20,7 +21,7 @@ from PIL import Image
 
 from popen.ensemble import members
 from popen.ensemble.members import Ensemble
-from popen.ensemble.score import Score, reward_score
+from popen.ensemble.score import REWARD, Score
 from popen.evaluation.answering import prediction
 from popen.evaluation.prediction import Prediction
 from popen.model.batches import Row
@@ -55,15 +56,16 @@ class Settings:
 def write_bundle(
     folder: Path,
     model: Path,
-    reference: Path,
+    reference: Path | None,
     score: Score,
     attention: members.RefinementAttention,
     settings: Settings,
 ) -> None:
     """Put a calibrated ensemble into one folder; `model` and `reference` are saved models."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name, source in (("model", model), ("reference", reference)):
-        shutil.copytree(source, folder / name)
+    shutil.copytree(model, folder / "model")
+    if reference is not None:
+        shutil.copytree(reference, folder / "reference")
     members.save(folder, score, attention)
     (folder / "settings.json").write_text(settings.to_json(), encoding="utf-8")
 
@@ -74,10 +76,9 @@ def load_ensemble(folder: Path) -> tuple[Ensemble, Settings]:
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no whole bundle here ({name} is missing); run `make repro`")
     settings = Settings.from_json((folder / "settings.json").read_text(encoding="utf-8"))
-    model, reference = Segmenter.load(folder / "model"), Segmenter.load(folder / "reference")
+    model = Segmenter.load(folder / "model")
     score, attention = members.load(folder, model)
-    if settings.ensemble.score == "reward":
-        score = reward_score()
+    reference = Segmenter.load(folder / "reference") if score.features == REWARD else None
     return Ensemble(model, reference, score, attention, settings.ensemble, settings.threshold), settings
 
 

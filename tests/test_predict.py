@@ -50,7 +50,7 @@ def bundle(taught: Segmenter, models: Path, tmp_path: Path) -> Path:
     attention = RefinementAttention(taught.codebook.scales, taught.params.decoder.width)
     with torch.no_grad():
         attention.gate.fill_(0.5)
-    write_bundle(tmp_path / "bundle", models / "popen", models / "sft", SCORE, attention, settings())
+    write_bundle(tmp_path / "bundle", models / "popen", None, SCORE, attention, settings())
     return tmp_path / "bundle"
 
 
@@ -71,29 +71,44 @@ def test_a_bundle_comes_back_whole(bundle: Path, models: Path, taught: Segmenter
     assert ensemble.threshold == 0.25
     assert ensemble.params == settings().ensemble
     assert ensemble.attention.gate.tolist() == [0.5, 0.5]
+    assert ensemble.reference is None
     image, question = picture(data)
     batch = taught.encoder.batch([image], [Row(0, question, "It is the cup {seg}.")])
     with torch.no_grad():
         torch.testing.assert_close(ensemble.model(batch).logits, taught(batch).logits)
-        reference = Segmenter.load(models / "sft")(batch).logits
-        torch.testing.assert_close(ensemble.reference(batch).logits, reference)
-    assert not torch.allclose(reference, taught(batch).logits, atol=1e-2)
 
 
-def test_the_score_of_the_parameters_is_used(bundle: Path, taught: Segmenter) -> None:
-    (bundle / "settings.json").write_text(settings(score="reward").to_json())
-    assert load_ensemble(bundle)[0].score == reward_score()
+def test_a_bundle_whose_score_is_the_reward_holds_the_reference(
+    tmp_path: Path, models: Path, taught: Segmenter, data: Data
+) -> None:
+    folder = tmp_path / "bundle"
+    attention = RefinementAttention(taught.codebook.scales, taught.params.decoder.width)
+    rewarded = settings(score="reward")
+    write_bundle(folder, models / "popen", models / "sft", reward_score(), attention, rewarded)
+    ensemble, _ = load_ensemble(folder)
+    assert ensemble.score == reward_score()
+    assert ensemble.reference is not None
+    image, question = picture(data)
+    batch = taught.encoder.batch([image], [Row(0, question, "It is the cup {seg}.")])
+    with torch.no_grad():
+        before = Segmenter.load(models / "sft")(batch).logits
+        torch.testing.assert_close(ensemble.reference(batch).logits, before)
+        assert not torch.allclose(before, ensemble.model(batch).logits, atol=1e-2)
+    assert Predictor(folder)(image, question, members=2).text
+    shutil.rmtree(folder / "reference")
+    with pytest.raises(ModelError, match="reference.*make repro"):
+        Predictor(folder)
 
 
 def test_a_bundle_replaces_an_older_one(bundle: Path, models: Path, taught: Segmenter) -> None:
     (bundle / "model" / "left over").touch()
     attention = RefinementAttention(taught.codebook.scales, taught.params.decoder.width)
-    write_bundle(bundle, models / "popen", models / "sft", SCORE, attention, settings(members=7))
+    write_bundle(bundle, models / "popen", None, SCORE, attention, settings(members=7))
     assert not (bundle / "model" / "left over").exists()
     assert load_ensemble(bundle)[1].ensemble.members == 7
 
 
-@pytest.mark.parametrize("part", ["score.json", "attention.safetensors", "model/config.json", "reference"])
+@pytest.mark.parametrize("part", ["score.json", "attention.safetensors", "model/config.json"])
 def test_a_part_that_is_missing_is_named(bundle: Path, part: str) -> None:
     path = bundle / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()

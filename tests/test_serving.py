@@ -33,7 +33,7 @@ def bundle(taught: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bundle")
     taught.save(root / "saved")
     attention = RefinementAttention(taught.codebook.scales, taught.params.decoder.width)
-    write_bundle(root / "bundle", root / "saved", root / "saved", SCORE, attention, settings())
+    write_bundle(root / "bundle", root / "saved", None, SCORE, attention, settings())
     return root / "bundle"
 
 

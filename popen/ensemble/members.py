@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from popen.ensemble.attention import RefinementAttention, best_embedding, mean_embedding
-from popen.ensemble.score import FEATURES, Score, mask_confidence
+from popen.ensemble.score import FEATURES, Score, agreement, mask_confidence
 from popen.model.batches import IGNORED, Batch, Row
 from popen.model.generate import Answer, generate
 from popen.model.losses import token_logps
@@ -38,13 +38,13 @@ class Members:
 
     answers: list[list[Answer]]  # M lists of R
     pixels: Tensor  # (M, R, 3, H, W); member 0 clean
-    features: np.ndarray[Any, np.dtype[np.float64]]  # (R, M, F), see `score.FEATURES`
+    features: np.ndarray[Any, np.dtype[np.float64]]  # (R, M, F), see `score.FEATURES` and `score.REWARD`
 
 
 @torch.no_grad()
 def ask(
     model: Segmenter,
-    reference: Segmenter,
+    reference: Segmenter | None,
     images: Sequence[Image.Image],
     questions: Sequence[str],
     params: EnsembleParams,
@@ -53,7 +53,8 @@ def ask(
     threshold: float,
     seed: int,
 ) -> Members:
-    """Let `members` answer each question about its image. `reference` is the model before alignment."""
+    """Let `members` answer each question about its image. With a `reference`, the model before alignment,
+    their features are REWARD, else FEATURES."""
     rows = [Row(index, question) for index, question in enumerate(questions)]
     clean = model.encoder.batch(images, rows).images
     views = [clean]
@@ -65,13 +66,20 @@ def ask(
         answers.append(
             generate(model, images, rows, max_new_tokens, params.temperature, seed + member, views[member])
         )
-    features = np.zeros((len(rows), members, len(FEATURES)))
-    for member, said in enumerate(answers):
-        rewards = implicit_rewards(model, reference, images, questions, said)
-        for row, (answer, reward) in enumerate(zip(said, rewards, strict=True)):
-            sure = mask_confidence(answer.masks, threshold).mean().item() if len(answer.masks) else 0.0
-            features[row, member] = (answer.logp, sure, reward)
+    if reference is None:
+        told = [_features([said[row] for said in answers], threshold) for row in range(len(rows))]
+        features = np.array(told).reshape(len(rows), members, len(FEATURES))
+    else:
+        rewards = [implicit_rewards(model, reference, images, questions, said) for said in answers]
+        features = np.array(rewards).T[..., None]
     return Members(answers, torch.stack(views), features)
+
+
+def _features(said: Sequence[Answer], threshold: float) -> list[tuple[float, ...]]:
+    """FEATURES of the members' answers to one question."""
+    agreed = agreement([answer.masks > threshold for answer in said])
+    sure = [float(mask_confidence(a.masks, threshold).mean()) if len(a.masks) else 0.0 for a in said]
+    return list(zip([answer.logp for answer in said], sure, agreed, strict=True))
 
 
 @torch.no_grad()
@@ -155,7 +163,7 @@ class Ensemble:
     """A calibrated ensemble around one model."""
 
     model: Segmenter
-    reference: Segmenter
+    reference: Segmenter | None  # for a score that is the implicit reward
     score: Score
     attention: RefinementAttention
     params: EnsembleParams

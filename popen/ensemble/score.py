@@ -12,18 +12,26 @@ Shapes: Q questions, M members, F features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from popen.evaluation.iou import matched_value
+
 Array = NDArray[np.float64]
 
-FEATURES = ("logp", "confidence", "reward")
+FEATURES = ("logp", "confidence", "agreement")
 """What a member is scored by: mean log-likelihood of its answer's tokens under the policy; mean
-`mask_confidence` of its targets; implicit reward, log pi - log pi_ref of the answer."""
+`mask_confidence` of its targets; mean `agreement` of its masks with the other members' (ours: the choice of
+least Bayes risk, as in machine translation, with the metric of the benchmark)."""
+
+REWARD = ("reward",)  # the implicit reward, log pi - log pi_ref of the answer; needs the reference model
 
 
 def mask_confidence(logits: Tensor, threshold: float) -> Tensor:
@@ -31,6 +39,20 @@ def mask_confidence(logits: Tensor, threshold: float) -> Tensor:
     as Mask2Former scores its masks; 0 for an empty mask."""
     inside = logits > threshold
     return (logits.sigmoid() * inside).sum((1, 2)) / inside.sum((1, 2)).clamp_min(1)
+
+
+def agreement(members: Sequence[Tensor]) -> list[float]:
+    """Boolean masks (n, H, W) of each of M members -> each member's mean value (summed IoU of the matched
+    masks / the larger number of masks) against the M - 1 others; 1 for a member alone."""
+    values = np.eye(len(members))
+    for one, other in combinations(range(len(members)), 2):
+        a, b = members[one].flatten(1).float(), members[other].flatten(1).float()
+        joint = a @ b.T
+        union = a.sum(1)[:, None] + b.sum(1) - joint
+        ious = torch.where(union > 0, joint / union.clamp(min=1), 1.0)
+        values[one, other] = values[other, one] = matched_value(ious.double().cpu().numpy())
+    others = ~np.eye(len(members), dtype=bool)
+    return values.mean(1, where=others).tolist() if len(members) > 1 else [1.0]
 
 
 @dataclass(frozen=True)
@@ -44,7 +66,7 @@ class Score:
     weight: tuple[float, ...]
 
     def __call__(self, features: Array) -> Array:
-        """Features (..., F) in the order of `self.features` -> scores (...), here (Q, M, F) -> (Q, M)."""
+        """(..., F), the columns `self.features` names -> scores (...), here (Q, M, F) -> (Q, M)."""
         return (features - np.array(self.mean)) / np.array(self.scale) @ np.array(self.weight)
 
     def to_dict(self) -> dict[str, list[Any]]:
@@ -59,7 +81,7 @@ class Score:
 
 def reward_score() -> Score:
     """The implicit reward alone (parameter `ensemble.score: reward`)."""
-    return Score(FEATURES, (0.0,) * 3, (1.0,) * 3, tuple(float(name == "reward") for name in FEATURES))
+    return Score(REWARD, (0.0,), (1.0,), (1.0,))
 
 
 def fit(features: Array, quality: Array, ridge: float = 1e-2) -> Score:

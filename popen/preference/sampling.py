@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
 from popen.params import MaskPreferenceParams, TextPreferenceParams
 from popen.preference.alignment import chosen_rows
-from popen.preference.masks import Ranks, noise_rectangles, rank
+from popen.preference.masks import noise_rectangles, rank
 from popen.preference.records import MaskPairs, TextPair
 from popen.preference.text import changed_spans, correct
 from popen.samples import Sample
@@ -82,25 +83,20 @@ def mask_pairs(
     root: Path,
     pairs: Sequence[TextPair],
     params: MaskPreferenceParams,
-    stage: str,
     batch: int,
     max_pixels: int,
     seed: int,
-) -> MaskPairs:
+) -> dict[str, MaskPairs]:
     """P_s: K perturbed images answer with the corrected text; each target's masks are ranked by IoU.
 
-    `stage` "coarse" pairs high with low, "fine" high with medium. Masks are ranked as the perturbed images'
-    own features decode them; a winner must beat the clean image's mask. Raises PairsError where no target
-    gives a pair.
+    "coarse" pairs high with low, "fine" high with medium. Masks are ranked as the perturbed images' own
+    features decode them; a winner must beat the clean image's mask. Raises PairsError where no target gives
+    a pair for one of the two.
     """
     asked = [pair for pair in pairs if pair.targets]
     copies = params.perturbed
-    kept: dict[str, list[torch.Tensor]] = {}
-    uids: list[str] = []
-    targets: list[int] = []
-    for start in tqdm(
-        range(0, len(asked), batch), desc=f"mask_preferences@{stage}", unit="batch", mininterval=2.0
-    ):
+    kept: dict[str, list[_MaskPair]] = {"coarse": [], "fine": []}
+    for start in tqdm(range(0, len(asked), batch), desc="mask_preferences", unit="batch", mininterval=2.0):
         part = asked[start : start + batch]
         images = [open_image(root, pair.image, max_pixels) for pair in part]
         encoded = model.encoder.batch(images, chosen_rows(part)).to(model.device)
@@ -125,29 +121,40 @@ def mask_pairs(
                 params.area_ratio,
                 float(clean_ious[target]),
             )
-            loser = _loser(ranks, stage)
-            if ranks is None or loser is None:
+            if ranks is None:
                 continue
-            uids.append(part[row].uid)
-            targets.append(place[target])
-            high = ranks.high
-            values = {
-                "winner": embeddings[high, target],
-                "loser": embeddings[loser, target],
-                "reference": clean.embeddings[target],
-                "winner_masks": masks[high, target],
-                "loser_masks": masks[loser, target],
-                "reference_masks": clean.masks[target].half(),
-                "ious": torch.stack([ious[high, target], ious[loser, target], clean_ious[target]]),
-            }
-            for name, value in values.items():
-                kept.setdefault(name, []).append(value.cpu())
-    if not uids:
+            for stage, loser in (("coarse", ranks.low), ("fine", ranks.medium)):
+                if loser is None:
+                    continue
+                values = {
+                    "winner": embeddings[ranks.high, target],
+                    "loser": embeddings[loser, target],
+                    "reference": clean.embeddings[target],
+                    "winner_masks": masks[ranks.high, target],
+                    "loser_masks": masks[loser, target],
+                    "reference_masks": clean.masks[target].half(),
+                    "ious": torch.stack([ious[ranks.high, target], ious[loser, target], clean_ious[target]]),
+                }
+                kept[stage].append(
+                    _MaskPair(part[row].uid, place[target], {name: v.cpu() for name, v in values.items()})
+                )
+    return {stage: _stacked(stage, found) for stage, found in kept.items()}
+
+
+class _MaskPair(NamedTuple):
+    uid: str
+    target: int
+    values: dict[str, torch.Tensor]
+
+
+def _stacked(stage: str, pairs: Sequence[_MaskPair]) -> MaskPairs:
+    if not pairs:
         raise PairsError(
-            f"mask_preferences@{stage}: no target gives a pair; raise mask_preferences.sigma or .area_ratio,"
-            " or lower .margin"
+            f"mask_preferences: no target gives a pair ({stage}); raise mask_preferences.sigma or"
+            " .area_ratio, or lower .margin"
         )
-    return MaskPairs(uids, targets, **{name: torch.stack(values) for name, values in kept.items()})
+    values = {name: torch.stack([pair.values[name] for pair in pairs]) for name in pairs[0].values}
+    return MaskPairs([pair.uid for pair in pairs], [pair.target for pair in pairs], **values)
 
 
 def _drawn(said: Answer, sample: Sample) -> list[list[float]]:
@@ -155,12 +162,6 @@ def _drawn(said: Answer, sample: Sample) -> list[list[float]]:
     size = said.masks.shape[-1]
     truth = [torch.from_numpy(mask_array(decode(target.rle), size)) for target in sample.targets]
     return [[float(_ious(mask > 0, true)) for true in truth] for mask in said.masks]
-
-
-def _loser(ranks: Ranks | None, stage: str) -> int | None:
-    if ranks is None:
-        return None
-    return ranks.low if stage == "coarse" else ranks.medium
 
 
 def _ious(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

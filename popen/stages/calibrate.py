@@ -45,7 +45,7 @@ def best_threshold(
     return best[2], best[0]
 
 
-def fit_score(ensemble: Ensemble, run: Run, asked: Sequence[Sample]) -> tuple[Score, float]:
+def fit_score(model: Segmenter, run: Run, asked: Sequence[Sample], threshold: float) -> tuple[Score, float]:
     """The preference score fitted on the members' answers to validation questions, and its correlation."""
     import numpy as np
 
@@ -61,19 +61,19 @@ def fit_score(ensemble: Ensemble, run: Run, asked: Sequence[Sample]) -> tuple[Sc
         part = asked[start : start + size]
         images = [open_image(Path(params.data.root), s.image, params.data.max_pixels) for s in part]
         said = ask(
-            ensemble.model,
-            ensemble.reference,
+            model,
+            None,
             images,
             [sample.question for sample in part],
             params.ensemble,
             params.ensemble.members,
             params.evaluate.max_new_tokens,
-            ensemble.threshold,
+            threshold,
             params.seed + start,
         )
         features.append(said.features)
         predictions = [
-            [prediction(s, a, ensemble.threshold, 0.0) for s, a in zip(part, answers, strict=True)]
+            [prediction(s, a, threshold, 0.0) for s, a in zip(part, answers, strict=True)]
             for answers in said.answers
         ]
         quality.append(np.stack([rows(part, member)["matched"].to_numpy(float) for member in predictions], 1))
@@ -83,7 +83,7 @@ def fit_score(ensemble: Ensemble, run: Run, asked: Sequence[Sample]) -> tuple[Sc
 
 
 def train_attention(
-    model: Segmenter, score: Score, run: Run, threshold: float, reference: Segmenter
+    model: Segmenter, score: Score, run: Run, threshold: float, reference: Segmenter | None
 ) -> RefinementAttention:
     """Train the attention alone, on the preference split: true answers, M perturbed views, mask loss."""
     import torch
@@ -175,7 +175,6 @@ def tried(ensemble: Ensemble, run: Run, asked: Sequence[Sample], count: int) -> 
 def main() -> None:
     with stage("calibrate") as run:
         from popen.ensemble import members
-        from popen.ensemble.attention import RefinementAttention
         from popen.ensemble.score import reward_score
         from popen.evaluation.answering import answers
         from popen.model.segmenter import Segmenter
@@ -203,20 +202,22 @@ def main() -> None:
             run.say(f"{name}: threshold {level:g}, gIoU on validation {value:.3f}")
         THRESHOLDS.write_text(json.dumps(thresholds, indent=1) + "\n", encoding="utf-8")
 
-        model, reference = models["popen"], models["sft"]
-        untrained = RefinementAttention(model.codebook.scales, model.params.decoder.width)
-        plain = members.Ensemble(
-            model, reference, reward_score(), untrained, params.ensemble, thresholds["popen"]
-        )
-        score, correlation = fit_score(plain, run, asked)
-        run.log_metrics({"score/correlation": correlation})
-        run.say(f"preference score: correlation {correlation:.2f}, weights {score.to_dict()['weight']}")
-        attention = train_attention(model, score, run, thresholds["popen"], reference)
-        settings = Settings(thresholds["popen"], params.evaluate.max_new_tokens, params.ensemble)
-        write_bundle(BUNDLE, MODELS / "popen", MODELS / "sft", score, attention, settings)
+        model, threshold = models["popen"], thresholds["popen"]
+        if params.ensemble.score == "reward":
+            reference, score = models["sft"], reward_score()
+        else:
+            reference = None
+            score, correlation = fit_score(model, run, asked, threshold)
+            run.log_metrics({"score/correlation": correlation})
+            weights = dict(zip(score.features, score.weight, strict=True))
+            run.say(f"preference score: correlation {correlation:.2f}, weights {weights}")
+        attention = train_attention(model, score, run, threshold, reference)
+        settings = Settings(threshold, params.evaluate.max_new_tokens, params.ensemble)
+        before = None if reference is None else MODELS / "sft"
+        write_bundle(BUNDLE, MODELS / "popen", before, score, attention, settings)
         run.curves(Path("artifacts/curves/calibrate.csv"))
 
-        ensemble = members.Ensemble(model, reference, score, attention, params.ensemble, thresholds["popen"])
+        ensemble = members.Ensemble(model, reference, score, attention, params.ensemble, threshold)
         table = [
             row
             for count in sorted({*SIZES, params.ensemble.members})

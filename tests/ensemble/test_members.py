@@ -24,7 +24,8 @@ from popen.ensemble.members import (
     refine,
     save,
 )
-from popen.ensemble.score import FEATURES, Score, mask_confidence, reward_score
+from popen.ensemble.score import FEATURES, REWARD, Score, mask_confidence, reward_score
+from popen.evaluation.iou import iou_matrix, matched_value
 from popen.model.batches import Row
 from popen.model.dense import IGNORED
 from popen.model.generate import generate
@@ -55,14 +56,15 @@ Asked = tuple[list[Image.Image], list[str]]
 
 
 def say(model: Segmenter, asked: Asked, members: int = 3, seed: int = 0, reference: object = None) -> Members:
-    other = reference if isinstance(reference, Segmenter) else model
+    other = reference if isinstance(reference, Segmenter) else None
     return ask(model, other, *asked, PARAMS, members, LENGTH, 0.0, seed)
 
 
 def ensemble(model: Segmenter, score: Score | None = None, **changes: object) -> Ensemble:
     attention = RefinementAttention(model.codebook.scales, model.params.decoder.width)
     params = PARAMS.model_copy(update=changes)
-    return Ensemble(model, model, score or by("logp"), attention, params, 0.0)
+    score = score or by("logp")
+    return Ensemble(model, model if score.features == REWARD else None, score, attention, params, 0.0)
 
 
 def opened(model: Segmenter) -> RefinementAttention:
@@ -117,28 +119,39 @@ def test_member_zero_is_clean_and_greedy_and_the_others_are_drawn(taught: Segmen
     assert not torch.equal(other.pixels[1:], said.pixels[1:])
     fewer = say(taught, asked, members=2)  # more members leave the first ones as they are
     assert torch.equal(fewer.pixels, said.pixels[:2])
-    np.testing.assert_allclose(fewer.features, said.features[:, :2], atol=1e-5)
+    np.testing.assert_allclose(fewer.features[..., :2], said.features[:, :2, :2], atol=1e-5)  # not agreement
 
 
 def test_features_are_what_their_names_say(taught: Segmenter, asked: Asked) -> None:
+    said = say(taught, asked)
+    assert said.features.shape == (3, 3, len(FEATURES))
+    for member, answers in enumerate(said.answers):
+        for row, answer in enumerate(answers):
+            logp, sure, agreed = said.features[row, member]
+            assert logp == pytest.approx(answer.logp)
+            expected = float(mask_confidence(answer.masks, 0.0).mean()) if len(answer.masks) else 0.0
+            assert sure == pytest.approx(expected)
+            drawn = [[mask.numpy() > 0 for mask in said.answers[m][row].masks] for m in range(3)]
+            others = [drawn[m] for m in range(3) if m != member]
+            values = [matched_value(iou_matrix(drawn[member], other)) for other in others]
+            assert agreed == pytest.approx(np.mean(values), abs=1e-5)
+
+
+def test_with_a_reference_the_feature_is_the_implicit_reward(taught: Segmenter, asked: Asked) -> None:
     other = copy.deepcopy(taught)
     with torch.no_grad():
         other.causal.lm_head.weight.mul_(0.8)
     said = say(taught, asked, reference=other)
-    assert said.features.shape == (3, 3, len(FEATURES))
+    assert said.features.shape == (3, 3, len(REWARD))
     for member, answers in enumerate(said.answers):
         for row, answer in enumerate(answers):
-            logp, sure, reward = said.features[row, member]
-            assert logp == pytest.approx(answer.logp)
-            expected = float(mask_confidence(answer.masks, 0.0).mean()) if len(answer.masks) else 0.0
-            assert sure == pytest.approx(expected)
             image, question = asked[0][row], asked[1][row]
             batch = taught.encoder.batch([image], [Row(0, question, answer.text)])
             tokens = int((batch.labels != IGNORED).sum())
             with torch.no_grad():
                 mine, theirs = (float(token_logps(net(batch).logits, batch).sum()) for net in (taught, other))
-            assert reward == pytest.approx((mine - theirs) / tokens, abs=1e-3)
-    assert np.abs(said.features[..., 2]).max() > 0.01
+            assert said.features[row, member, 0] == pytest.approx((mine - theirs) / tokens, abs=1e-3)
+    assert np.abs(said.features).max() > 0.01
     assert implicit_rewards(taught, taught, *asked, said.answers[0]) == [0.0] * 3
 
 

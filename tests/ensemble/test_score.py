@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from popen.ensemble.score import FEATURES, Array, Score, correlation, fit, mask_confidence, reward_score
+from popen.ensemble.score import REWARD, Array, Score, agreement, correlation, fit, mask_confidence, reward_score
 
-RULE = np.array([0.3, 0.1, -0.05])  # quality a unit of logp, confidence, reward
+RULE = np.array([0.3, 0.1, -0.05])  # quality a unit of logp, confidence, agreement
 
 
 def synthetic(
@@ -67,7 +67,20 @@ def test_features_that_never_vary_or_repeat_another_are_harmless() -> None:
 
 def test_the_reward_score_is_the_reward() -> None:
     features, _ = synthetic(5)
-    assert np.array_equal(reward_score()(features), features[..., FEATURES.index("reward")])
+    assert reward_score().features == REWARD
+    assert np.array_equal(reward_score()(features[..., :1]), features[..., 0])
+
+
+def test_agreement_by_hand() -> None:
+    left, right = torch.zeros(2, 4, 4, dtype=torch.bool)
+    left[:, :2], right[:, 2:] = True, True
+    both = left | right
+    members = [torch.stack([left, right]), torch.stack([right, left]), both[None], left.new_zeros((0, 4, 4))]
+    # the order means nothing; the whole picture against its halves: one pair of IoU 1/2, of two masks
+    first = (1.0 + 0.25 + 0.0) / 3
+    assert agreement(members) == pytest.approx([first, first, 0.5 / 3, 0.0])
+    assert agreement(members[:1]) == [1.0]
+    assert agreement([members[3], members[3]]) == [1.0, 1.0]  # both say that there is nothing
 
 
 def test_json_round_trip() -> None:

@@ -42,12 +42,13 @@ STAGES = {
         "pretrain_vision",
         "sft",
         "text_preferences",
+        "mask_preferences",
         "control",
         "chosen",
         "calibrate",
         "class_swap",
     ),
-    *(f"{name}@{part}" for name in ("mask_preferences", "align") for part in ("coarse", "fine")),
+    *(f"align@{part}" for part in ("coarse", "fine")),
     *(f"evaluate@{benchmark}-{system}" for benchmark in BENCHMARKS for system in SYSTEMS),
     "report",
 }
@@ -225,7 +226,7 @@ def test_a_second_repro_has_nothing_to_do(clone: Path) -> None:
     ("keys", "value", "expected"),
     [
         (("align", "beta_t"), 0.77, {"align@coarse", "align@fine"}),
-        (("mask_preferences", "sigma"), 0.9, {"mask_preferences@coarse", "mask_preferences@fine"}),
+        (("mask_preferences", "sigma"), 0.9, {"mask_preferences"}),
         (("ensemble", "temperature"), 0.5, {"calibrate"}),
         (("evaluate", "bootstrap"), 60, {"report"}),
     ],

@@ -41,7 +41,7 @@ def masks(
     model: Segmenter, data: Data, pairs: list[TextPair], stage: str, seed: int = 0, **changes: object
 ) -> MaskPairs:
     params = MASKS.model_copy(update=changes)
-    return mask_pairs(model, data[0], pairs, params, stage, batch=3, max_pixels=2000, seed=seed)
+    return mask_pairs(model, data[0], pairs, params, batch=3, max_pixels=2000, seed=seed)[stage]
 
 
 def test_answers_are_corrected_by_the_ground_truth(said: list[TextPair], data: Data) -> None:
@@ -146,7 +146,7 @@ def test_mask_pairs_obey_their_seed(taught: Segmenter, data: Data, said: list[Te
 
 
 def test_no_pair_at_all_says_what_to_turn(taught: Segmenter, data: Data, said: list[TextPair]) -> None:
-    with pytest.raises(PairsError, match=r"mask_preferences@coarse: no target gives a pair; raise .*sigma"):
+    with pytest.raises(PairsError, match=r"mask_preferences: no target gives a pair \(coarse\); raise .*sigma"):
         masks(taught, data, said, "coarse", sigma=1e-9)
     none = [dataclasses.replace(pair, targets=()) for pair in said]
     with pytest.raises(PairsError, match="no target gives a pair"):
