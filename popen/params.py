@@ -128,7 +128,7 @@ class SftWeights(Group):
 class SftParams(Group):
     train: TrainParams
     loss: SftWeights
-    train_vision: bool
+    vision: Share  # the tower's learning rate as a share of train.lr; 0 keeps it frozen
 
 
 class TextPreferenceParams(Group):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from popen.optim import optimizers
+from popen.optim import Slow, optimizers
 from popen.params import TrainParams
 
 Log = Callable[[dict[str, float], int], None]
@@ -82,6 +82,7 @@ def train(
     checkpoints: Any,
     name: str,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    slow: Slow | None = None,
 ) -> None:
     """Train `model` in place for `params.steps` optimiser steps.
 
@@ -90,6 +91,7 @@ def train(
         collate: `params.images` items -> what `loss` takes.
         loss: the prepared model and a batch -> scalar and its parts.
         checkpoints: a `popen.checkpoints.Checkpoints`; training goes on from the last complete one.
+        slow: see `popen.optim.optimizers`.
         evaluate: called every `params.eval_every` steps and at the end; what it returns is logged.
 
     Raises DivergedError before the optimiser step when the loss or its gradient is not finite.
@@ -102,7 +104,7 @@ def train(
         gradient_accumulation_steps=params.accumulate, mixed_precision="bf16" if bf16 else "no", cpu=not bf16
     )
     trainable = [p for p in model.parameters() if p.requires_grad]
-    chosen = optimizers(model, params)
+    chosen = optimizers(model, params, slow)
     warmup = math.ceil(params.warmup * params.steps)
     schedules = [get_cosine_schedule_with_warmup(one, warmup, params.steps) for one in chosen]
     curve = Curve(log)

@@ -96,7 +96,7 @@ def test_a_bundle_whose_score_is_the_reward_holds_the_reference(
         assert not torch.allclose(before, ensemble.model(batch).logits, atol=1e-2)
     assert Predictor(folder)(image, question, members=2).text
     shutil.rmtree(folder / "reference")
-    with pytest.raises(ModelError, match="reference.*make repro"):
+    with pytest.raises(ModelError, match=r"reference.*make repro"):
         Predictor(folder)
 
 

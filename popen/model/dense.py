@@ -1,6 +1,7 @@
 """The dense auxiliary: which kind of thing every pixel shows. It teaches a small tower to see (ours).
 
-At the default scale it trains the tower alone first (`pretrain_vision`), then beside the SFT loss.
+At the default scale it trains the tower alone first (`pretrain_vision`), then beside the SFT loss. A tower
+that learns kinds alone forgets colours, so there it also paints the picture from its deepest features.
 """
 
 from __future__ import annotations
@@ -93,18 +94,40 @@ class Pixels:
         return Pixels(self.images.to(device), self.labels.to(device))
 
 
+def paint_loss(painted: Tensor, images: Tensor) -> Tensor:
+    """Share of the images' variance (each channel's over the batch) that is not painted (ours).
+
+    painted (B, 3, h, w), images (B, 3, H, W) in [0, 1], compared at (h, w). Zero for plain images.
+    """
+    small = F.interpolate(images, size=painted.shape[-2:], mode="area")
+    spread = (small - small.mean((0, 2, 3), keepdim=True)).square().mean()
+    return (painted.float() - small).square().mean() / spread.clamp(min=1e-6)
+
+
 class DenseTower(nn.Module):
-    """Tower, neck and dense head alone; their weights have the names that the Segmenter gives them."""
+    """Tower, neck and dense head alone; their weights have the names that the Segmenter gives them.
+
+    `paint` is only needed here: a linear map of each of the deepest features to the colours of its cell,
+    at half the image's resolution.
+    """
 
     def __init__(self, params: ModelParams, categories: Sequence[str]) -> None:
         super().__init__()
         self.tower = Tower(params.vision)
+        side = max(1, params.vision.image_size // self.tower.grids[0] // 2)
+        self.paint = nn.Sequential(nn.Conv2d(self.tower.widths[0], 3 * side**2, 1), nn.PixelShuffle(side))
         self.neck = Neck(self.tower.widths, self.tower.grids, params.decoder.width)
         self.dense = dense_head(params.decoder.width, len(categories))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> logits (B, 1 + categories, h, w)."""
-        return self.dense(self.neck(self.tower(images))[-1])
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> logits (B, 1 + categories, h, w) and the painted images (B, 3, h', w')."""
+        features = self.tower(images)
+        return self.dense(self.neck(features)[-1]), self.paint(features[0])
+
+    def shared(self) -> dict[str, Tensor]:
+        """The weights that a Segmenter has too."""
+        state = self.state_dict().items()
+        return {name: value.contiguous() for name, value in state if not name.startswith("paint.")}
 
 
 @torch.no_grad()

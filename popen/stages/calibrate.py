@@ -55,7 +55,7 @@ def fit_score(model: Segmenter, run: Run, asked: Sequence[Sample], threshold: fl
     from popen.evaluation.answering import prediction
     from popen.evaluation.benchmark import rows
 
-    params, size = run.params, max(1, run.params.evaluate.batch // 2)
+    params, size = run.params, run.params.evaluate.batch
     features, quality = [], []
     for start in range(0, len(asked), size):
         part = asked[start : start + size]
@@ -144,7 +144,7 @@ def tried(ensemble: Ensemble, run: Run, asked: Sequence[Sample], count: int) -> 
     from popen.evaluation.answering import prediction
     from popen.evaluation.benchmark import rows, summarise
 
-    params, size = run.params, max(1, run.params.evaluate.batch // 2)
+    params, size = run.params, run.params.evaluate.batch
     modes = MODES if count == params.ensemble.members else (params.ensemble.mode,)
     found: dict[str, list[Prediction]] = {mode: [] for mode in modes}
     for start in tqdm(range(0, len(asked), size), desc=f"calibrate {count} members", unit="batch"):

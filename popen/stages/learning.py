@@ -16,6 +16,7 @@ from popen.masks import decode
 from popen.model.batches import Batch, Row
 from popen.model.losses import sft_loss
 from popen.model.segmenter import Segmenter
+from popen.optim import Slow
 from popen.params import SftWeights, TrainParams
 from popen.preference.records import TextPair
 from popen.samples import Sample, read_index
@@ -106,6 +107,7 @@ def fit(
     inputs: Iterable[Path],
     settings: Iterable[object],
     save: Callable[[], None],
+    slow: Slow | None = None,
 ) -> None:
     """Train with checkpoints keyed by all that shapes the result, log the curves, save the result.
 
@@ -114,7 +116,7 @@ def fit(
     """
     key = fingerprint(run.name, run.params.seed, params, *settings, [digest(path) for path in inputs])
     checkpoints = Checkpoints(run.home / ".checkpoints" / f"{run.name}-{key}")
-    train(model, params, item, collate, loss, run.log_metrics, checkpoints, run.name, evaluate)
+    train(model, params, item, collate, loss, run.log_metrics, checkpoints, run.name, evaluate, slow)
     run.curves(Path("artifacts/curves") / f"{run.name.replace('@', '_')}.csv")
     save()
     checkpoints.clear()

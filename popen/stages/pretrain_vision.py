@@ -1,4 +1,4 @@
-"""Stage `pretrain_vision`: a tower of our own learns to name every pixel; a named one needs none of it."""
+"""Stage `pretrain_vision`: an own tower learns to name and paint every pixel; a named one needs none."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def pretrain(run: Run) -> None:
         dense_labels,
         dense_loss,
         image_array,
+        paint_loss,
     )
     from popen.samples import Sample
     from popen.stages.learning import INDEX, fit, image_plan, samples
@@ -40,7 +41,9 @@ def pretrain(run: Run) -> None:
         return Pixels.of([image_array(image, size) for image in opened], labels)
 
     def loss(model: nn.Module, batch: Pixels) -> tuple[Tensor, dict[str, Tensor]]:
-        return dense_loss(model(batch.images), batch.labels), {}
+        logits, painted = model(batch.images)
+        parts = {"dense": dense_loss(logits, batch.labels), "paint": paint_loss(painted, batch.images)}
+        return parts["dense"] + parts["paint"], {name: part.detach() for name, part in parts.items()}
 
     annotated = [sample for sample in train_samples if sample.objects]
     held_out = image_plan([sample for sample in samples("val") if sample.objects], 1, params.seed)
@@ -49,8 +52,10 @@ def pretrain(run: Run) -> None:
     def evaluate() -> dict[str, float]:
         seen = batch.to(next(model.parameters()).device)
         with torch.no_grad():
-            every, things = dense_accuracy(model(seen.images), seen.labels)
-        return {"val/pixel_accuracy": every, "val/thing_accuracy": things}
+            logits, painted = model(seen.images)
+            every, things = dense_accuracy(logits, seen.labels)
+            missed = float(paint_loss(painted, seen.images))
+        return {"val/pixel_accuracy": every, "val/thing_accuracy": things, "val/paint": missed}
 
     plan = image_plan(annotated, params.pretrain_vision.questions, params.seed)
     inputs = [INDEX / "train.jsonl", INDEX / "val.jsonl"]
@@ -64,10 +69,7 @@ def pretrain(run: Run) -> None:
         evaluate,
         inputs,
         [params.model],
-        lambda: save_file(
-            {name: value.contiguous() for name, value in model.state_dict().items()},
-            OUT / "model.safetensors",
-        ),
+        lambda: save_file(model.shared(), OUT / "model.safetensors"),
     )
 
 

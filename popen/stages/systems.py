@@ -37,7 +37,7 @@ def ensemble_answers(
     name: str,
 ) -> Iterator[tuple[Sample, Answer, float]]:
     """The ensemble's answers in the order of `samples`, with the seconds a question."""
-    size = max(1, params.evaluate.batch // 2)
+    size = params.evaluate.batch
     with tqdm(total=len(samples), desc=name, unit="question", mininterval=2.0) as bar:
         for start in range(0, len(samples), size):
             part = samples[start : start + size]

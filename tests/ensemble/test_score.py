@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from popen.ensemble.score import REWARD, Array, Score, agreement, correlation, fit, mask_confidence, reward_score
+from popen.ensemble.score import (
+    REWARD,
+    Array,
+    Score,
+    agreement,
+    correlation,
+    fit,
+    mask_confidence,
+    reward_score,
+)
 
 RULE = np.array([0.3, 0.1, -0.05])  # quality a unit of logp, confidence, agreement
 

@@ -19,6 +19,7 @@ from popen.model.dense import (
     dense_loss,
     image_array,
     mask_array,
+    paint_loss,
 )
 from popen.model.segmenter import Segmenter
 from popen.samples import Region, Sample
@@ -70,15 +71,44 @@ def test_loss_and_accuracy_by_hand() -> None:
     assert dense_accuracy(logits, unknown) == (0.0, 0.0)
 
 
+def test_paint_loss_by_hand() -> None:
+    images = torch.zeros(1, 3, 2, 4)
+    images[..., 2:] = 1.0  # half black, half white: variance 1/4 in every channel
+    small = torch.tensor([0.0, 1.0]).expand(1, 3, 1, 2)
+    assert float(paint_loss(small, images)) == 0.0
+    assert float(paint_loss(torch.full((1, 3, 1, 2), 0.5), images)) == pytest.approx(1.0)
+    assert float(paint_loss(1 - small, images)) == pytest.approx(4.0)
+    assert float(paint_loss(torch.full((1, 3, 1, 2), 0.5), torch.full_like(images, 0.5))) == 0.0
+
+
+def test_a_tower_that_paints_keeps_the_colours() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(16, 3, 1, 1).expand(-1, -1, 32, 32).contiguous()
+    labels = torch.zeros(16, 32, 32, dtype=torch.long)
+    left = {}
+    for weight in (0.0, 1.0):
+        tower = DenseTower(mini_params(), CATEGORIES)
+        optimizer = torch.optim.AdamW(tower.parameters(), 3e-3)
+        for _ in range(60):
+            logits, painted = tower(images)
+            assert painted.shape == (16, 3, 16, 16)
+            (dense_loss(logits, labels) + weight * paint_loss(painted, images)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            left[weight] = float(paint_loss(tower(images)[1], images))
+    assert left[1.0] < 0.3 < left[0.0]
+
+
 def test_a_pretrained_tower_fits_the_segmenter(mini_model: Segmenter, sample: Sample) -> None:
     """The stage `sft` loads it without strictness: every name and shape must be the segmenter's."""
     tower = DenseTower(mini_params(), CATEGORIES)
-    state, whole = tower.state_dict(), mini_model.state_dict()
+    state, whole = tower.shared(), mini_model.state_dict()
     assert {name: value.shape for name, value in state.items()} == {name: whole[name].shape for name in state}
     mini_model.load_state_dict(state, strict=False)
     image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     pixels = Pixels.of([image], [dense_labels(sample, CATEGORIES, 32)])
     torch.testing.assert_close(
-        tower.eval()(pixels.images),
+        tower.eval()(pixels.images)[0],
         mini_model.dense(mini_model.neck(mini_model.tower(pixels.images))[-1]),
     )

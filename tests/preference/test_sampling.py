@@ -146,7 +146,9 @@ def test_mask_pairs_obey_their_seed(taught: Segmenter, data: Data, said: list[Te
 
 
 def test_no_pair_at_all_says_what_to_turn(taught: Segmenter, data: Data, said: list[TextPair]) -> None:
-    with pytest.raises(PairsError, match=r"mask_preferences: no target gives a pair \(coarse\); raise .*sigma"):
+    with pytest.raises(
+        PairsError, match=r"mask_preferences: no target gives a pair \(coarse\); raise .*sigma"
+    ):
         masks(taught, data, said, "coarse", sigma=1e-9)
     none = [dataclasses.replace(pair, targets=()) for pair in said]
     with pytest.raises(PairsError, match="no target gives a pair"):
