@@ -34,6 +34,7 @@ _prctl = ctypes.CDLL(None).prctl  # looked up here: a forked child must do as li
 _COMMAND_FAILED = "failed to run: "
 # How DVC and the libraries below it (requests, aiohttp, botocore, asyncssh) word a remote that is away.
 _REMOTE_FAILED = re.compile(
+    r"dependency '\w+://[^']*' does not exist|"
     r"failed to (pull|push|fetch|download|upload|transfer)|unable to connect|could not connect|"
     r"cannot connect|connection (refused|reset|lost|closed|aborted|error)|timed? ?out|"
     r"name resolution|network is unreachable|endpoint url|server disconnected|"
