@@ -51,7 +51,8 @@ def table(summary: dict[str, Any]) -> str:
 def links(root: Path, parent: str) -> str:
     """A Markdown list of the MLflow run `parent` and its children, with their pages."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    server = uri if uri.startswith("http") else "http://127.0.0.1:5000"  # `make up` and `make ui`
+    own = f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT', 5000)}"  # `make up`, `make ui`
+    server = uri if uri.startswith("http") else own
     pages = f"{server.rstrip('/')}/#/experiments"
     return "\n".join(
         f"- [{run.info.run_name}]({pages}/{run.info.experiment_id}/runs/{run.info.run_id}): "
