@@ -57,40 +57,36 @@ def up(root: Path) -> dict[str, str]:
     Raises ServiceError; what was started by this call is then stopped again.
     """
     server, worker, pages = services(root)
-    if all(_running(root, service.name) for service in (server, worker, pages)):
-        return _addresses(server, pages)
-    down(root)  # the rest of an earlier start
-    for service in (server, pages):
-        _check_port(service)
+    missing = [service for service in (server, pages, worker) if not _running(root, service.name)]
     try:
-        _start(root, server)
-        _start(root, pages)
-        _wait(root, server, lambda: httpx.get(f"{server.address}/api/health").is_success)
-        _write_settings(root, server)
-        os.environ["PREFECT_API_URL"] = f"{server.address}/api"
+        for service in missing:
+            if service.port:
+                _check_port(service)
+                _start(root, service)
+        address = _address(root, server)
+        _wait(root, server, lambda: httpx.get(f"{address}/api/health").is_success)
+        _write_settings(root, address)
+        os.environ["PREFECT_API_URL"] = f"{address}/api"
         for run in orphans.close(root):
             print(f"flow run {run} was left by a dead worker: closed as crashed", flush=True)
-        if httpx.get(f"{server.address}/api/work_pools/{POOL}").status_code == 404:
-            _prefect(root, "work-pool", "create", POOL, "--type", "process")
-        _prefect(root, "deploy", "--all")
-        _start(root, worker)
-        _wait(root, worker, lambda: _online(server))
-        _wait(root, pages, lambda: httpx.get(f"{pages.address}/health").is_success)
+        if worker in missing:
+            if httpx.get(f"{address}/api/work_pools/{POOL}").status_code == 404:
+                _prefect(root, "work-pool", "create", POOL, "--type", "process")
+            _prefect(root, "deploy", "--all")
+            _start(root, worker)
+        _wait(root, worker, lambda: _online(address))
+        _wait(root, pages, lambda: httpx.get(f"{_address(root, pages)}/health").is_success)
     except BaseException:
-        down(root)
+        for service in missing:
+            _stop(root, service.name)
         raise
-    return _addresses(server, pages)
+    return {"Prefect": address, "MLflow": _address(root, pages)}
 
 
 def down(root: Path) -> list[str]:
     """Stop what `up` started, and only that. Returns the names of the services that ran."""
-    stopped = []
-    for name in ("worker", "pages", "server"):  # flows end with the worker and tell the server so
-        path = _pid_file(root, name)
-        if _running(root, name):
-            _end(int(path.read_text(encoding="utf-8").split(":")[1]))
-            stopped.append(name)
-        path.unlink(missing_ok=True)
+    # flows end with the worker and tell the server so
+    stopped = [name for name in ("worker", "pages", "server") if _stop(root, name)]
     settings = root / "prefect.toml"
     if settings.is_file() and settings.read_text(encoding="utf-8").startswith(_SETTINGS):
         settings.unlink()
@@ -127,8 +123,9 @@ def services(root: Path) -> tuple[Service, Service, Service]:
     return server, worker, pages
 
 
-def _addresses(server: Service, pages: Service) -> dict[str, str]:
-    return {"Prefect": server.address, "MLflow": pages.address}
+def _address(root: Path, service: Service) -> str:
+    """Where a service answers that runs; it may have been started with another port than that of now."""
+    return _pid_file(root, service.name).read_text(encoding="utf-8").split()[1]
 
 
 def _check_port(service: Service) -> None:
@@ -154,7 +151,7 @@ def _start(root: Path, service: Service) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # it outlives the terminal
         )
-    _pid_file(root, service.name).write_text(process_name(process), encoding="utf-8")
+    _pid_file(root, service.name).write_text(f"{process_name(process)} {service.address}", encoding="utf-8")
 
 
 def _wait(root: Path, service: Service, answers: Callable[[], bool]) -> None:
@@ -171,9 +168,9 @@ def _wait(root: Path, service: Service, answers: Callable[[], bool]) -> None:
     raise ServiceError("\n".join([f"the {service.name} did not start; the end of {path}:", *lines]))
 
 
-def _online(server: Service) -> bool:
+def _online(server: str) -> bool:
     workers: list[dict[str, Any]] = httpx.post(
-        f"{server.address}/api/work_pools/{POOL}/workers/filter", json={}
+        f"{server}/api/work_pools/{POOL}/workers/filter", json={}
     ).json()
     return any(worker["status"] == "ONLINE" for worker in workers)
 
@@ -186,12 +183,22 @@ def _prefect(root: Path, *words: str) -> None:
         raise ServiceError(f"`prefect {' '.join(words)}` failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
-def _write_settings(root: Path, server: Service) -> None:
+def _write_settings(root: Path, server: str) -> None:
     """Every `prefect` command and flow that is started in the clone finds the server."""
     path = root / "prefect.toml"
-    if path.exists():
+    if path.exists() and not path.read_text(encoding="utf-8").startswith(_SETTINGS):
         raise ServiceError(f"{path} is in the way: `make up` writes it; move your settings to pyproject.toml")
-    path.write_text(f'{_SETTINGS}[api]\nurl = "{server.address}/api"\n', encoding="utf-8")
+    path.write_text(f'{_SETTINGS}[api]\nurl = "{server}/api"\n', encoding="utf-8")
+
+
+def _stop(root: Path, name: str) -> bool:
+    """End a service that `up` started; whether it ran."""
+    path = _pid_file(root, name)
+    runs = _running(root, name)
+    if runs:
+        _end(int(path.read_text(encoding="utf-8").split(":")[1]))
+    path.unlink(missing_ok=True)
+    return runs
 
 
 def _end(pid: int) -> None:
@@ -210,7 +217,7 @@ def _end(pid: int) -> None:
 
 def _running(root: Path, name: str) -> bool:
     path = _pid_file(root, name)
-    return path.is_file() and not is_gone(path.read_text(encoding="utf-8"))
+    return path.is_file() and not is_gone(path.read_text(encoding="utf-8").split()[0])
 
 
 def _pid_file(root: Path, name: str) -> Path:

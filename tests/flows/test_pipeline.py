@@ -28,6 +28,7 @@ from prefect.settings import PREFECT_API_URL
 from flows import pipeline
 from flows.pipeline import popen_pipeline
 from tests.flows.conftest import Make, commit, import_data, lock, stage, status
+from tests.pipeline.test_pipeline import make_clone, repro
 
 pytestmark = pytest.mark.usefixtures("server")
 DIAMOND = {
@@ -237,6 +238,34 @@ def test_a_tracking_server_that_stays_away_stops_no_stage(
     state = start(root)
     assert state.result() == {"a": "ran"}
     assert tasks(state)["mlflow run"]["run_count"] == 5
+
+
+def test_what_one_clone_has_computed_another_restores(make: Make, start: Start, tmp_path: Path) -> None:
+    root = make({n: stage(f"echo {n} >> ran.here; echo {n} > {n}.txt", f"{n}.txt") for n in "ab"})
+    with (root / ".dvc/config").open("a") as file:
+        file.write(f"    remote = store\n['remote \"store\"']\n    url = {tmp_path / 'store'}\n")
+    commit(root)
+    other = tmp_path / "other"
+    subprocess.run(["git", "clone", "-q", str(root), str(other)], check=True)
+    assert start(root, share=True).result() == {"a": "ran", "b": "ran"}
+    state = start(other, share=True)
+    assert state.result() == {"a": "restored", "b": "restored"}
+    assert not (other / "ran.here").exists()
+    assert lock(other) == lock(root)
+    assert {"pull", "push"} <= set(tasks(state))
+
+
+def test_the_first_stages_of_this_project(start: Start, tmp_path: Path) -> None:
+    """The whole of it takes minutes: tests/pipeline runs it with plain `dvc repro`."""
+    clone = make_clone(tmp_path)
+    state = start(clone, targets=["pretrain_vision"])
+    assert state.result() == {"data.dvc": "ran", "validate": "ran", "pretrain_vision": "ran"}
+    parent, *children = sorted(mlflow_runs(clone), key=lambda run: run.info.start_time)
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert sorted(run.data.tags["stage"] for run in children) == ["pretrain_vision", "validate"]
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    assert artifacts(state)["mlflow"].count("/#/experiments/") == 3
+    assert "Data and pipelines are up to date." in repro(clone, "pretrain_vision")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

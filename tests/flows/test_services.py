@@ -67,6 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, records: Path) -> Iterator[Pa
         patch.setenv("PREFECT_HOME", str(folder / "home"))
         patch.setenv("PREFECT_SERVER_API_PORT", str(free_port()))
         patch.setenv("MLFLOW_PORT", str(free_port()))
+        patch.setenv("PREFECT_WORKER_QUERY_SECONDS", "1")
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         # the copy's code, and whatever else this process found on its path
         others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -192,7 +193,9 @@ def test_a_port_that_is_taken_is_named_with_the_remedy(root: Path, tmp_path: Pat
 
 def test_down_stops_what_up_started_and_nothing_else(root: Path, tmp_path: Path) -> None:
     alien = state_folder(tmp_path) / "service-server"
-    alien.write_text(process_name().rpartition(":")[0] + ":1")  # our own number, of an earlier process
+    alien.write_text(
+        process_name().rpartition(":")[0] + ":1 http://127.0.0.1:1"
+    )  # our own number, of an earlier process
     (tmp_path / "prefect.toml").write_text("[api]\n")
     assert services.down(tmp_path) == []
     assert (tmp_path / "prefect.toml").exists()
