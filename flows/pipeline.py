@@ -74,7 +74,7 @@ def popen_pipeline(
     root = find_root(Path.cwd())
     work = _Work(root, force, stage_timeout, threading.Semaphore(at_once), ParentRun(root))
     status: tracking.Status = "KILLED"
-    experiment = f"flow-{flow_run.name}" if overrides else None
+    experiment = f"flow-{str(flow_run.id)[:8]}" if overrides else None
     with orphans.recorded(root, str(flow_run.id)):
         try:
             if share:
@@ -95,13 +95,16 @@ def popen_pipeline(
             work.stop.set()  # on every way out, so that no stage survives its flow
             work.parent.end(status)
             if status != "KILLED":
-                _publish(work, experiment)
+                _publish(work, experiment, status)
     return {"experiment": experiment} if experiment else {k: str(v) for k, v in work.outcomes.items()}
 
 
-def _publish(work: _Work, experiment: str | None) -> None:
+def _publish(work: _Work, experiment: str | None, status: tracking.Status) -> None:
     try:
-        run_page.publish(work.root, work.parent.id, experiment)
+        if work.parent.id:
+            run_page.publish_links(work.root, work.parent.id)
+        if status == "FINISHED":  # after a failure the files hold the results of an earlier run
+            run_page.publish_results(work.root, experiment)
     except Exception as error:  # a page that lacks its table must not fail a training
         get_run_logger().warning("The artifacts of this run were not made: %s", one_line(error))
 
@@ -170,7 +173,8 @@ def _remote_failed(_task: Any, _run: Any, state: State[Any]) -> bool:
 
 
 def _experiment(name: str, targets: list[str], overrides: list[str], work: _Work) -> None:
-    """`dvc exp run` in a temporary workspace, as one task."""
+    """`dvc exp run` in a temporary workspace, as one task. Raises GraphError for an unknown target."""
+    read(work.root, targets)  # so that no target is taken for an option
 
     @task(name="experiment", task_run_name=name, cache_policy=NO_CACHE)
     def run() -> None:
@@ -204,7 +208,7 @@ def _storage(direction: str, work: _Work) -> None:
     def run() -> None:
         # what nobody has computed yet is missing from the remote, which is no fault
         words = [direction, "--run-cache", *(["--allow-missing"] if direction == "pull" else [])]
-        run_dvc(work.root, words, f"dvc {direction}", get_run_logger().info, stop=threading.Event())
+        run_dvc(work.root, words, f"dvc {direction}", get_run_logger().info, stop=work.stop)
 
     run.submit().result()
 

@@ -17,18 +17,17 @@ FIGURES = ("gIoU", "cIoU", "gIoU_matched", "chair_i", "chair_s", "missing", "are
 LARGEST = 2_000_000  # bytes of a picture that is stored with the run
 
 
-def publish(root: Path, parent: str | None, experiment: str | None = None) -> None:
-    """Make the artifacts of this flow run, of what is there.
+def publish_links(root: Path, parent: str) -> None:
+    """The MLflow run of this flow run and its children."""
+    create_markdown_artifact(links(root, parent), key="mlflow", description="The runs in MLflow")
 
-    `parent` is its MLflow run; with `experiment`, the results are those of that DVC experiment.
-    """
+
+def publish_results(root: Path, experiment: str | None = None) -> None:
+    """The table of results and example answers as this run has left them; with `experiment` the results
+    of that DVC experiment."""
     summary = _summary(root, experiment)
     if summary is not None:
-        create_markdown_artifact(
-            table(json.loads(summary)), key="results", description="metrics/summary.json"
-        )
-    if parent:
-        create_markdown_artifact(links(root, parent), key="mlflow", description="The runs in MLflow")
+        create_markdown_artifact(table(json.loads(summary)), key="results", description="The results")
     picture = root / "reports/teaser.png"
     if picture.is_file() and picture.stat().st_size <= LARGEST and not experiment:
         data = base64.b64encode(picture.read_bytes()).decode()

@@ -109,6 +109,8 @@ def run_dvc(
     The process group is empty afterwards, whatever happens. Raises StageError when the command fails,
     StageTimeout after `timeout` seconds, StageStopped when `stop` is set.
     """
+    if stop.is_set():
+        raise StageStopped(f"{what}: not started, because the flow ends")
     began = time.monotonic()
     tail: deque[str] = deque(maxlen=_TAIL)
     lines = _Lines(tail, say)

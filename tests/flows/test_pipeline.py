@@ -146,6 +146,7 @@ def test_a_failed_stage_fails_the_flow_and_not_its_neighbours(make: Make, start:
     assert "exited with 1" in tasks(state)["b"]["state"]["message"]
     assert (root / "tries.here").read_text() == "1\n"  # no second try
     assert [run.info.status for run in mlflow_runs(root)] == ["FAILED"]
+    assert set(artifacts(state)) == {"mlflow"}  # no results: those that lie there are not of this run
     assert not list((root / ".popen").glob("flow-*"))
 
 
@@ -198,6 +199,7 @@ def test_an_override_becomes_an_experiment(make: Make, start: Start) -> None:
     assert "0.5" in row
     assert "| muse | sft | 0.5 |" in artifacts(state)["results"]
     assert [run.info.status for run in mlflow_runs(root)] == ["FINISHED", "FINISHED"]
+    assert "nowhere" in str(start(root, targets=["nowhere"], overrides=["x=6"]).message)
     failed = start(root, targets=["fails"], overrides=["x=6"])
     assert failed.is_failed()
     assert "exited with 6" in str(failed.message)
