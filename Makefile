@@ -16,7 +16,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help repro test lint format clean ui lock samples
+.PHONY: help repro test lint format clean ui up down lock samples
 
 help:
 	@echo "make repro    train, align, benchmark and report (only what changed)"
@@ -24,6 +24,8 @@ help:
 	@echo "make lint     ruff and mypy"
 	@echo "make format   put the code into ruff's format"
 	@echo "make ui       MLflow's pages on http://127.0.0.1:5000"
+	@echo "make up       start Prefect's server and worker and MLflow's pages; print their addresses"
+	@echo "make down     stop what make up started"
 	@echo "make samples  draw the default data set in samples/ anew"
 	@echo "make lock     resolve requirements.lock anew from pyproject.toml"
 	@echo "make clean    remove caches, checkpoints and built results (not MLflow's records, not DVC's cache)"
@@ -48,6 +50,12 @@ ui: $(READY)
 	mlflow ui --host 127.0.0.1 --port 5000 \
 	    --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
+up: $(READY)
+	python -m flows.services up
+
+down: $(READY)
+	python -m flows.services down
+
 samples: $(READY)
 	rm -rf samples
 	popen scenes samples
@@ -57,6 +65,7 @@ lock: $(READY)
 	    --no-emit-index-url --no-annotate --no-header -o requirements.lock
 
 clean:
+	@! ls .popen/service-* >/dev/null 2>&1 || { echo "error: services run: make down first" >&2; exit 1; }
 	rm -rf artifacts .checkpoints .popen build *.egg-info \
 	    .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find popen flows tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -111,11 +111,9 @@ def change(clone: Path, *keys: str, to: object) -> None:
     path.write_text(yaml.safe_dump(params))
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A clone with the working tree's code, its own small tree and parameters, after the first `dvc repro`;
-    and what that printed."""
-    clone = tmp_path_factory.mktemp("pipeline") / "clone"
+def make_clone(folder: Path) -> Path:
+    """A clone with the working tree's code, its own small tree and parameters."""
+    clone = folder / "clone"
     subprocess.run(["git", "clone", "-q", "--no-checkout", str(ROOT), str(clone)], check=True)
     subprocess.run(["git", "checkout", "-q", "HEAD", "--", ".", ":!samples"], cwd=clone, check=True)
     shutil.copytree(ROOT / "popen", clone / "popen", dirs_exist_ok=True)
@@ -128,6 +126,13 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     # else DVC leaves its locks and indices of this clone in a folder of the whole machine
     site = f"[core]\n    site_cache_dir = {clone.parent / 'site'}\n"
     (clone / ".dvc/config.local").write_text(site)
+    return clone
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The clone after the first `dvc repro`, and what that printed."""
+    clone = make_clone(tmp_path_factory.mktemp("pipeline"))
     return clone, repro(clone)
 
 
