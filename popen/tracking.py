@@ -54,11 +54,6 @@ def legal(name: str) -> str:
     return re.sub(r"[^\w./\- :]", "_", re.sub(r"\+(?=\w)", "_plus_", name).replace("+", "_plus"))
 
 
-def address(home: Path) -> str:
-    """Where MLflow's records are: `MLFLOW_TRACKING_URI`, else the clone's own database."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
-
-
 class Tracker:
     """The MLflow run of one stage.
 
@@ -83,7 +78,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         self.stage = stage
         self.run_id: str | None = None  # set as soon as the run exists
-        self.uri = address(home)
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
         self._home = home
         self._figures = tempfile.TemporaryDirectory(prefix="popen-figures-")  # until they are sent
         self._last_tries = last_tries

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from popen import params as parameters
 from popen import pipeline
 from popen.checkpoints import digest
+from popen.errors import one_line
 from popen.promotion.gate import Verdict
 from popen.stages.model_record import BUNDLE_TAG
-from popen.tracking import EXPERIMENT, address
+from popen.tracking import EXPERIMENT, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -82,7 +83,7 @@ def lineage(root: Path) -> Lineage:
 
 def connect(home: Path) -> MlflowClient:
     """A client of the clone's registry. Raises RegistryError where there is none or it does not answer."""
-    uri = address(home)
+    uri = tracking_uri(home)
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not path.is_file():
         raise RegistryError(f"no registry yet ({path} is not there); run the flow `retrain` first")
@@ -96,9 +97,8 @@ def connect(home: Path) -> MlflowClient:
     try:
         client.search_registered_models(max_results=1)
     except (OSError, MlflowException, SQLAlchemyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise RegistryError(
-            f"MLflow at {uri} cannot be reached ({reason}); start it, or set MLFLOW_TRACKING_URI"
+            f"MLflow at {uri} cannot be reached ({one_line(error)}); start it, or set MLFLOW_TRACKING_URI"
         ) from None
     return client
 
