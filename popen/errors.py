@@ -29,3 +29,8 @@ def explain(error: BaseException) -> str | None:
         where = error.filename if isinstance(error, OSError) and error.filename else "an output"
         return f"disk full while writing {where}: free space and run `dvc repro` again, it resumes"
     return None
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, 200 characters at most; its type where there is no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -13,17 +13,19 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import filelock
 
 from popen import pipeline
+from popen.errors import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from mlflow.entities import DatasetInput
+    from mlflow.entities import DatasetInput, Run
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "popen"
@@ -71,14 +73,10 @@ class Tracker:
         last_tries: tuple[float, ...] = _LAST_TRIES,
     ) -> None:
         """`dataset` is the data's hash; it becomes the run's dataset input. Opens the run if it can."""
-        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-        os.environ.pop("MLFLOW_RUN_ID", None)
-        # Our own tries follow each other; MLflow's would hold a stage for minutes each.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        _quieten()
         self.stage = stage
         self.run_id: str | None = None  # set as soon as the run exists
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+        self.uri = tracking_uri(home)
         self._home = home
         self._figures = tempfile.TemporaryDirectory(prefix="popen-figures-")  # until they are sent
         self._last_tries = last_tries
@@ -170,9 +168,8 @@ class Tracker:
                     del self._metrics[:_BATCH]
                 raise
             self._pause = min(max(1.0, 2 * self._pause, 10 * (time.monotonic() - began)), _LONGEST_PAUSE)
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             print(
-                f"{self.stage}: warning: MLflow at {self.uri} cannot be reached ({reason}); "
+                f"{self.stage}: warning: MLflow at {self.uri} cannot be reached ({one_line(error)}); "
                 f"{self._waiting()} wait and the stage goes on",
                 flush=True,
             )
@@ -193,13 +190,7 @@ class Tracker:
         """Client and run, made at the first call that reaches the tracking server."""
         if self._client is not None and self.run_id is not None:
             return self._client, self.run_id
-        from mlflow.tracking import MlflowClient
-
-        # Two processes that create the database or the pipeline's run at once would spoil it.
-        with filelock.FileLock(pipeline.state_folder(self._home) / "tracking.lock", timeout=_PATIENCE):
-            client = MlflowClient(self.uri)
-            experiment = self._experiment(client)
-            _end_orphans(client, experiment)
+        with _connected(self._home) as (client, experiment):
             parent = os.environ.get("POPEN_PARENT_RUN") or self._shared_parent(client, experiment)
         run = client.create_run(
             experiment,
@@ -210,14 +201,6 @@ class Tracker:
         self._client, self.run_id = client, run.info.run_id
         return client, self.run_id
 
-    def _experiment(self, client: MlflowClient) -> str:
-        found = client.get_experiment_by_name(EXPERIMENT)
-        if found is not None:
-            return str(found.experiment_id)
-        local = "MLFLOW_TRACKING_URI" not in os.environ
-        location = (self._home / "mlartifacts").as_uri() if local else None
-        return str(client.create_experiment(EXPERIMENT, artifact_location=location))
-
     def _shared_parent(self, client: MlflowClient, experiment: str) -> str:
         """The run that all stages of one `dvc repro` are children of; call it under the lock."""
         path = pipeline.parent_file(self._home)
@@ -225,12 +208,74 @@ class Tracker:
             parent = path.read_text(encoding="utf-8")
             client.update_run(parent, status="RUNNING")
         else:
-            tags = {"stage": "pipeline", _PROCESS: pipeline.process_name(pipeline.dvc_process())}
-            name = time.strftime("pipeline %Y-%m-%d %H:%M:%S", time.localtime(self._started))
-            parent = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+            process = pipeline.process_name(pipeline.dvc_process())
+            parent = _create_parent(client, experiment, process)
             path.write_text(parent, encoding="utf-8")
         self._owned_parent = parent
         return parent
+
+
+def tracking_uri(home: Path) -> str:
+    """Where the records go: `MLFLOW_TRACKING_URI`, else `mlflow.db` in the clone."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+
+
+def start_parent(home: Path) -> str:
+    """Make the run that all stages of one pipeline are children of, for a caller that starts the stages
+    one by one and hands them this id in `POPEN_PARENT_RUN`. It is a record of the calling process.
+
+    Raises what MLflow raises when its server is away (MlflowException, SQLAlchemyError, OSError).
+    """
+    _quieten()
+    with _connected(home) as (client, experiment):
+        return _create_parent(client, experiment, pipeline.process_name())
+
+
+def end_parent(home: Path, run_id: str, status: Status) -> None:
+    """End the run that `start_parent` made. Raises as that does."""
+    with _connected(home) as (client, _):
+        client.set_terminated(run_id, status)
+
+
+def runs_below(home: Path, parent: str) -> list[Run]:
+    """A parent run and its children, the oldest first. Raises as `start_parent` does."""
+    with _connected(home) as (client, experiment):
+        below = f"tags.`mlflow.parentRunId` = '{parent}'"
+        children = client.search_runs([experiment], below, order_by=["attributes.start_time ASC"])
+        return [client.get_run(parent), *children]
+
+
+def _quieten() -> None:
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ.pop("MLFLOW_RUN_ID", None)
+    # Our own tries follow each other; MLflow's would hold a stage for minutes each.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+
+@contextmanager
+def _connected(home: Path) -> Iterator[tuple[MlflowClient, str]]:
+    """Client and experiment id, under a lock: two processes that create the database, the experiment or
+    the pipeline's run at once would spoil it."""
+    from mlflow.tracking import MlflowClient
+
+    with filelock.FileLock(pipeline.state_folder(home) / "tracking.lock", timeout=_PATIENCE):
+        client = MlflowClient(tracking_uri(home))
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found is not None:
+            experiment = str(found.experiment_id)
+        else:
+            local = "MLFLOW_TRACKING_URI" not in os.environ
+            location = (home / "mlartifacts").as_uri() if local else None
+            experiment = str(client.create_experiment(EXPERIMENT, artifact_location=location))
+        _end_orphans(client, experiment)
+        yield client, experiment
+
+
+def _create_parent(client: MlflowClient, experiment: str, process: str) -> str:
+    name = time.strftime("pipeline %Y-%m-%d %H:%M:%S")
+    tags = {"stage": "pipeline", _PROCESS: process}
+    return str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
 
 
 def _end_orphans(client: MlflowClient, experiment: str) -> None:

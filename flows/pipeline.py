@@ -1,0 +1,225 @@
+"""The pipeline as a Prefect flow: one task a stage, edges as in DVC.
+
+python -m flows.pipeline [TARGET ...] [-S key=value ...] [--force]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
+from prefect.states import Completed, State
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from flows import orphans, run_page
+from flows.dvc_graph import Stage, read
+from flows.parent_run import ParentRun
+from flows.stage_process import Outcome, StageError, reproduce, run_dvc
+from popen import tracking
+from popen.errors import one_line
+from popen.pipeline import find_root
+
+PAUSES = [5.0, 20.0, 60.0]  # seconds before the tries after a failure of remote storage
+
+
+class PipelineError(RuntimeError):
+    """Stages of the pipeline failed."""
+
+
+@dataclass
+class _Work:
+    """What the stages of one flow run share."""
+
+    root: Path
+    force: bool
+    timeout: float | None
+    slots: threading.Semaphore  # stages at once
+    parent: ParentRun
+    stop: threading.Event = field(default_factory=threading.Event)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+
+@flow(
+    name="pipeline",
+    # a thread waits for each stage's turn; how many stages run at once, `slots` says
+    task_runner=cast(TaskRunner[PrefectFuture[Any]], ThreadPoolTaskRunner()),
+    persist_result=False,
+)
+def popen_pipeline(
+    targets: list[str] | None = None,
+    overrides: list[str] | None = None,
+    force: bool = False,
+    at_once: int = 2,
+    stage_timeout: float | None = None,
+    share: bool = False,
+) -> dict[str, str]:
+    """Bring the pipeline up to date, as `dvc repro` does.
+
+    targets: stages (with what they need); all by default. overrides: parameters as `dvc exp run -S` takes
+    them: the run becomes a DVC experiment, and the workspace stays as it is. force: run stages that did
+    not change, too. at_once: how many stages run side by side. stage_timeout: seconds that one stage may
+    take. share: fetch from the DVC remote what others have computed, and give what this run computes.
+
+    Returns what became of each stage ("ran", "restored", "cached"), or {"experiment": its name}. Raises
+    PipelineError naming the stages that failed, after those that do not depend on them have ended.
+    """
+    root = find_root(Path.cwd())
+    work = _Work(root, force, stage_timeout, threading.Semaphore(at_once), ParentRun(root))
+    status: tracking.Status = "KILLED"
+    experiment = f"flow-{flow_run.name}" if overrides else None
+    with orphans.recorded(root, str(flow_run.id)):
+        try:
+            if share:
+                _storage("pull", work)
+            try:
+                if experiment:
+                    _experiment(experiment, targets or [], overrides or [], work)
+                else:
+                    _stages(targets, work)
+                status = "FINISHED"
+            except Exception:
+                status = "FAILED"
+                raise
+            finally:
+                if share and status != "KILLED":  # what was finished before a failure is worth sharing, too
+                    _storage("push", work)
+        finally:
+            work.stop.set()  # on every way out, so that no stage survives its flow
+            work.parent.end(status)
+            if status != "KILLED":
+                _publish(work, experiment)
+    return {"experiment": experiment} if experiment else {k: str(v) for k, v in work.outcomes.items()}
+
+
+def _publish(work: _Work, experiment: str | None) -> None:
+    try:
+        run_page.publish(work.root, work.parent.id, experiment)
+    except Exception as error:  # a page that lacks its table must not fail a training
+        get_run_logger().warning("The artifacts of this run were not made: %s", one_line(error))
+
+
+def _stages(targets: list[str] | None, work: _Work) -> None:
+    futures: dict[str, PrefectFuture[Any]] = {}
+    for stage in read(work.root, targets):
+        needed = [futures[name] for name in stage.needs]
+        futures[stage.name] = _stage_task(stage, work).submit(wait_for=needed)
+    wait(list(futures.values()))
+    bad = {name: future.state for name, future in futures.items() if not future.state.is_completed()}
+    if bad:
+        failed = [name for name, state in bad.items() if state.is_failed() or state.is_crashed()]
+        skipped = [name for name in bad if name not in failed]
+        after = f"; not run, because they need them: {', '.join(skipped)}" if skipped else ""
+        raise PipelineError(f"failed: {', '.join(failed)}{after}. The log of each task has its last lines")
+
+
+def _stage_task(stage: Stage, work: _Work) -> Any:
+    @task(
+        name=stage.name,
+        task_run_name=stage.name,
+        cache_policy=NO_CACHE,  # what may be skipped, DVC knows
+        retries=len(PAUSES),
+        retry_delay_seconds=PAUSES,
+        retry_condition_fn=_remote_failed,
+    )
+    def run() -> State[Any] | str:
+        before = {work.outcomes[name] for name in stage.needs}
+        if not (work.force or stage.changed or before - {Outcome.CACHED}):
+            # as DVC found when it read the graph: a process that says so again would take half a second
+            work.outcomes[stage.name] = Outcome.CACHED
+            return _skipped(Outcome.CACHED)
+        log = get_run_logger()
+        with work.slots:
+            outcome = reproduce(
+                work.root,
+                stage.name,
+                log.info,
+                stop=work.stop,
+                force=work.force,
+                timeout=work.timeout,
+                environment=work.parent.environment(),
+            )
+        work.outcomes[stage.name] = outcome
+        return str(outcome) if outcome is Outcome.RAN else _skipped(outcome)
+
+    return run
+
+
+def _skipped(outcome: Outcome) -> State[Any]:
+    """The state of a stage that had nothing to compute, as the run's page shows it."""
+    words = {Outcome.CACHED: "nothing changed", Outcome.RESTORED: "its outputs came from DVC's run cache"}
+    return Completed(name=outcome.capitalize(), message=words[outcome])
+
+
+def _remote_failed(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Whether a retry can help: remote storage was away. A stage whose command failed would fail again."""
+    try:
+        state.result()
+    except StageError as error:
+        return error.retry
+    except BaseException:
+        return False
+    return False
+
+
+def _experiment(name: str, targets: list[str], overrides: list[str], work: _Work) -> None:
+    """`dvc exp run` in a temporary workspace, as one task."""
+
+    @task(name="experiment", task_run_name=name, cache_policy=NO_CACHE)
+    def run() -> None:
+        words = ["exp", "run", "--temp", *(["--force"] if work.force else [])]
+        words += [word for override in overrides for word in ("-S", override)]
+        words += ["--name", name, *targets]
+        run_dvc(
+            work.root,
+            words,
+            "experiment",
+            get_run_logger().info,
+            stop=work.stop,
+            timeout=work.timeout,
+            environment=work.parent.environment(),
+        )
+
+    run.submit().result()
+
+
+def _storage(direction: str, work: _Work) -> None:
+    """`dvc pull` or `dvc push`, with the run cache, as a task with retries."""
+
+    @task(
+        name=direction,
+        task_run_name=direction,
+        cache_policy=NO_CACHE,
+        retries=len(PAUSES),
+        retry_delay_seconds=PAUSES,
+        retry_condition_fn=_remote_failed,
+    )
+    def run() -> None:
+        # what nobody has computed yet is missing from the remote, which is no fault
+        words = [direction, "--run-cache", *(["--allow-missing"] if direction == "pull" else [])]
+        run_dvc(work.root, words, f"dvc {direction}", get_run_logger().info, stop=threading.Event())
+
+    run.submit().result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.pipeline", description="The pipeline, run by Prefect"
+    )
+    parser.add_argument("targets", nargs="*", help="stages, with what they need (all by default)")
+    parser.add_argument("-S", "--set-param", action="append", dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--force", action="store_true", help="also run stages that did not change")
+    words = parser.parse_args()
+    os.chdir(find_root(Path.cwd()))
+    popen_pipeline(targets=words.targets or None, overrides=words.overrides, force=words.force)
+
+
+if __name__ == "__main__":
+    main()
