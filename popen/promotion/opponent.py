@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 
-def questions(root: Path, params: Params) -> list[Sample]:
-    """The gate's questions. Raises GateError when the pipeline does not evaluate what the gate names."""
+def check_gate(params: Params) -> None:
+    """Raises GateError when the pipeline does not evaluate what the gate names."""
     gate = params.gate
     for key, value, known in (
         ("benchmark", gate.benchmark, params.benchmarks),
@@ -33,7 +33,11 @@ def questions(root: Path, params: Params) -> list[Sample]:
             raise GateError(
                 f"gate.{key}: {value} is not among the {key}s ({', '.join(known)}); name one of them"
             )
-    return list(read_index(root / f"artifacts/index/{gate.benchmark}.jsonl"))
+
+
+def questions(root: Path, params: Params) -> list[Sample]:
+    """The gate's questions."""
+    return list(read_index(root / f"artifacts/index/{params.gate.benchmark}.jsonl"))
 
 
 def challenger_rows(root: Path, params: Params, asked: Sequence[Sample]) -> DataFrame:

@@ -40,6 +40,10 @@ class RegistryError(RuntimeError):
     """The registry cannot do what was asked; the message says why and what to do."""
 
 
+class NoRegistryError(RegistryError):
+    """Nothing was ever recorded here."""
+
+
 @dataclass(frozen=True)
 class Lineage:
     """Where a model comes from and what it measured."""
@@ -82,11 +86,12 @@ def lineage(root: Path) -> Lineage:
 
 
 def connect(home: Path) -> MlflowClient:
-    """A client of the clone's registry. Raises RegistryError where there is none or it does not answer."""
+    """A client of the clone's registry. Raises NoRegistryError where there is none, RegistryError where it
+    does not answer."""
     uri = tracking_uri(home)
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not path.is_file():
-        raise RegistryError(f"no registry yet ({path} is not there); run the flow `retrain` first")
+        raise NoRegistryError(f"no registry yet ({path} is not there); run the flow `retrain` first")
     import mlflow
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
