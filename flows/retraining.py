@@ -103,9 +103,7 @@ def due(
         return f"the data is not that of the champion (version {champion.version})"
     days = (now - champion.creation_timestamp / 1000) / 86400
     if max_age_days is not None and days > max_age_days:
-        return (
-            f"the champion (version {champion.version}) is {days:.1f} days old, allowed are {max_age_days:g}"
-        )
+        return f"the champion (version {champion.version}) is {days:.1f} days old, {max_age_days:g} allowed"
     return None
 
 
