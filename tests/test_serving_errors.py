@@ -24,13 +24,9 @@ def test_a_mistake_of_ours_is_logged_and_not_told(caplog: pytest.LogCaptureFixtu
 
 
 def test_one_line_is_left_of_what_mlflow_says() -> None:
-    try:
-        try:
-            raise MlflowException("Model is missing\ninputs ['question'].")
-        except MlflowException:
-            raise MlflowException("Failed to enforce schema of data '" + "x" * 1000)  # noqa: B904
-    except MlflowException as error:
-        assert plain(error) == "Model is missing inputs ['question']."
+    error = MlflowException("Failed to enforce schema of data '" + "x" * 1000)
+    error.__context__ = MlflowException("Model is missing\ninputs ['question'].")  # raised while handling it
+    assert plain(error) == "Model is missing inputs ['question']."
     assert plain(MlflowException("y" * 1000)) == "y" * 300
 
 
