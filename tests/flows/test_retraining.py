@@ -223,7 +223,8 @@ def on_the_page(key: str) -> str:
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        return str(client.request("GET", f"/artifacts/{key}/latest").json()["data"])
+        found = client.request("GET", "/artifacts/{key}/latest", path_params={"key": key})
+    return str(found.json()["data"])
 
 
 def test_data_that_breaks_the_contract_stops_before_training(
