@@ -130,7 +130,7 @@ def _stage_task(stage: Stage, work: _Work) -> Any:
         cache_policy=NO_CACHE,  # what may be skipped, DVC knows
         retries=len(PAUSES),
         retry_delay_seconds=PAUSES,
-        retry_condition_fn=_remote_failed,
+        retry_condition_fn=remote_failed,
     )
     def run() -> State[Any] | str:
         before = {work.outcomes[name] for name in stage.needs}
@@ -161,7 +161,7 @@ def _skipped(outcome: Outcome) -> State[Any]:
     return Completed(name=outcome.capitalize(), message=words[outcome])
 
 
-def _remote_failed(_task: Any, _run: Any, state: State[Any]) -> bool:
+def remote_failed(_task: Any, _run: Any, state: State[Any]) -> bool:
     """Whether a retry can help: remote storage was away. A stage whose command failed would fail again."""
     try:
         state.result()
@@ -203,7 +203,7 @@ def _storage(direction: str, work: _Work) -> None:
         cache_policy=NO_CACHE,
         retries=len(PAUSES),
         retry_delay_seconds=PAUSES,
-        retry_condition_fn=_remote_failed,
+        retry_condition_fn=remote_failed,
     )
     def run() -> None:
         # what nobody has computed yet is missing from the remote, which is no fault

@@ -179,6 +179,18 @@ class EvaluateParams(Group):
     bootstrap: Positive  # resamples
 
 
+Metric = Literal["gIoU", "cIoU", "gIoU_matched", "chair_i", "chair_s", "missing"]  # have a better side
+
+
+class GateParams(Group):
+    """What a new model must show before it becomes the champion; both answer the same questions."""
+
+    benchmark: str  # one of `benchmarks`; never a test set, for what is selected on is no test any more
+    system: Literal["popen", "popen+ensemble"]
+    gain: dict[Metric, Share] = Field(min_length=1)  # the gain's interval must lie above this
+    tolerated: dict[Metric, Share]  # largest loss of each other metric, as measured
+
+
 class Params(Group):
     seed: int
     data: DataParams
@@ -195,6 +207,7 @@ class Params(Group):
     calibrate: CalibrateParams
     ensemble: EnsembleParams
     evaluate: EvaluateParams
+    gate: GateParams
 
 
 class ParamsError(ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,10 @@ import mlflow
 import pandas as pd
 from PIL import Image
 
-from popen.data.images import MAX_PIXELS, decode_image, open_image
+from popen.data.images import MAX_PIXELS, ImageError, decode_image, open_image
+from popen.serving_errors import RequestError, internal, speak_plainly
 
-
-class RequestError(ValueError):
-    """A request cannot be answered; the message is one line that says why."""
+_SERVER = "mlflow.pyfunc.scoring_server.app"  # the module whose import starts `mlflow models serve`
 
 
 def read_image(value: str) -> Image.Image:
@@ -42,17 +42,34 @@ class PopenModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
         from popen.predict import Predictor
 
         self.predictor = Predictor(Path(context.artifacts["bundle"]))
+        if _SERVER in sys.modules:
+            speak_plainly()
 
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """One record a row: {answer, masks: [RLE], scores: {loglik, confidence}, seconds}."""
-        params = params or {}
+        """One record a row: {answer, masks: [RLE], scores: {loglik, confidence}, seconds}.
+
+        Raises RequestError.
+        """
+        from popen.model.segmenter import ModelError
+        from popen.predict import QuestionError
+
+        try:
+            return self._answers(model_input, params or {})
+        except (ImageError, QuestionError, ModelError) as error:
+            raise RequestError(str(error)) from None
+        except RequestError:
+            raise
+        except Exception as error:
+            raise internal(error) from error
+
+    def _answers(self, asked: pd.DataFrame, params: dict[str, Any]) -> list[dict[str, Any]]:
         members, threshold = int(params.get("members", 1)), params.get("threshold")
         if not 1 <= members <= 64:
             raise RequestError(f"members: 1 to 64, not {members}")
         out = []
-        for image, question in zip(model_input["image"], model_input["question"], strict=True):
+        for image, question in zip(asked["image"], asked["question"], strict=True):
             if not str(question).strip():
                 raise RequestError("question: it is empty")
             found = self.predictor(read_image(str(image)), str(question), members, threshold)

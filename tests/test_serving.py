@@ -20,7 +20,8 @@ from popen.ensemble.attention import RefinementAttention
 from popen.model.segmenter import Segmenter
 from popen.predict import Predictor, write_bundle
 from popen.samples import Sample
-from popen.serving import RequestError, read_image
+from popen.serving import read_image
+from popen.serving_errors import RequestError
 from popen.stages.model_record import log_model
 from popen.stages.run import QUIET, stage
 from tests.test_predict import SCORE, settings

@@ -1,0 +1,182 @@
+"""New data, or time, makes a new model; it becomes the champion if the gate lets it pass.
+
+python -m flows.retraining [--force] [--max-age-days DAYS]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+from mlflow.entities.model_registry import ModelVersion
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows.pipeline import PAUSES, PipelineError, remote_failed, popen_pipeline
+from flows.stage_process import run_dvc
+from popen import params as parameters
+from popen import pipeline
+from popen.promotion import challenge, opponent, registry
+from popen.stages.run import QUIET
+
+MONTH = 30.0
+REPORT = Path("artifacts/contract/report.json")
+SHOWN = 10  # broken rules that the page lists
+
+
+class RetrainError(RuntimeError):
+    """No new model was made; the message says why and what to do."""
+
+
+@flow(name="retrain", persist_result=False)
+def retrain(force: bool = False, max_age_days: float | None = MONTH) -> str:
+    """Make and judge a new model where the data is not the champion's or the champion is old.
+
+    force: also where neither holds, and every stage anew. max_age_days: None for a champion that may grow
+    as old as it likes. What has not changed since, DVC does not compute again, whatever the reason.
+
+    Returns what became of it (Markdown). Raises RetrainError for data that breaks its contract and while
+    another `retrain` is at work in this clone, PipelineError for a stage that failed.
+    """
+    root = pipeline.find_root(Path.cwd())
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    with _alone(pipeline.find_home(root)):
+        opponent.check_gate(parameters.load(root / "params.yaml"))  # before hours are spent
+        words = _retrain(root, force, max_age_days)
+    create_markdown_artifact(words, key="retrain", description="What became of this run, and why")
+    return words
+
+
+def _retrain(root: Path, force: bool, max_age_days: float | None) -> str:
+    update_data(root)
+    home = pipeline.find_home(root)
+    reason = due(_champion(home), pipeline.data_hash(root), force, max_age_days, time.time())
+    if reason is None:
+        return "Nothing to do: the data is the champion's, and the champion is young enough."
+    get_run_logger().info("A new model is made: %s", reason)
+    validate(root)
+    run_stages(None, force)
+    outcome = challenge.challenge(root, home, reason)
+    get_run_logger().info(outcome.words)
+    return f"{outcome.words}\n\nMade because {reason}."
+
+
+def run_stages(targets: list[str] | None, force: bool) -> None:
+    """Bring stages up to date. Raises PipelineError."""
+    popen_pipeline(targets=targets, force=force)
+
+
+@task(
+    name="dvc update",
+    cache_policy=NO_CACHE,
+    retries=len(PAUSES),
+    retry_delay_seconds=PAUSES,
+    retry_condition_fn=remote_failed,
+)
+def update_data(root: Path) -> None:
+    """Take over what is new at the data's source. Raises StageError with DVC's last lines."""
+    run_dvc(root, ["update", "data.dvc"], "dvc update", get_run_logger().info, stop=threading.Event())
+
+
+def due(
+    champion: ModelVersion | None, data: str | None, force: bool, max_age_days: float | None, now: float
+) -> str | None:
+    """Why a new model is due, in words; None where none is. `data` is the hash of data/, `now` in seconds.
+
+    The data is compared with the champion's and not with yesterday's, so that a run that broke off is
+    taken up again.
+    """
+    if force:
+        return "it was asked for (force)"
+    if champion is None:
+        return "there is no champion yet"
+    if champion.tags.get("data") != data:
+        return f"the data is not that of the champion (version {champion.version})"
+    days = (now - champion.creation_timestamp / 1000) / 86400
+    if max_age_days is not None and days > max_age_days:
+        return f"the champion (version {champion.version}) is {days:.1f} days old, {max_age_days:g} allowed"
+    return None
+
+
+def validate(root: Path) -> None:
+    """Check the new data before anything is trained. Raises RetrainError with the contract's report."""
+    try:
+        run_stages(["validate"], False)
+    except PipelineError:
+        words = broken_contract(root)
+        if words is None:
+            raise
+        create_markdown_artifact(words, key="contract", description="The data breaks its contract")
+        raise RetrainError(words) from None
+
+
+def broken_contract(root: Path) -> str | None:
+    """The report of a broken contract in Markdown: where it is and the first rules; None without one.
+
+    DVC removes a stage's outputs before it runs, so a report that is there is that of the last run.
+    """
+    if not (root / REPORT).is_file():
+        return None
+    report = json.loads((root / REPORT).read_text(encoding="utf-8"))
+    if report["accepted"]:
+        return None
+    rules = report["failures"] + [
+        f"{item['file']}, record {item['record']}: {item['rule']}" for item in report["quarantine"]
+    ]
+    more = [f"and {len(rules) - SHOWN} more"] if len(rules) > SHOWN else []
+    lead = (
+        "the new data breaks its contract, nothing was trained and the champion stays; correct the data's "
+        f"source and start again. Report: {root / REPORT.with_suffix('.html')}"
+    )
+    return "\n".join([lead, "", *(f"- {rule}" for rule in [*rules[:SHOWN], *more])])
+
+
+def _champion(home: Path) -> ModelVersion | None:
+    try:
+        client = registry.connect(home)
+    except registry.NoRegistryError:
+        return None
+    registry.finish(client)  # a promotion that was killed between its steps
+    return registry.version(client, registry.CHAMPION)
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """The operating system frees the lock of a process that is killed."""
+    lock = filelock.FileLock(pipeline.state_folder(home) / "retrain.lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RetrainError(
+            f"another `retrain` is at work in this clone ({lock.lock_file} is held); wait until it has ended"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.retraining", description="Train and judge a new model where one is due"
+    )
+    parser.add_argument("--force", action="store_true", help="also where none is due, and every stage anew")
+    parser.add_argument(
+        "--max-age-days", type=float, default=MONTH, help="oldest champion (default: %(default)s)"
+    )
+    words = parser.parse_args()
+    os.chdir(pipeline.find_root(Path.cwd()))
+    print(retrain(force=words.force, max_age_days=words.max_age_days))
+
+
+if __name__ == "__main__":
+    main()
