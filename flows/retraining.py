@@ -20,7 +20,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows.pipeline import PAUSES, PipelineError, remote_failed, popen_pipeline
+from flows.pipeline import PAUSES, PipelineError, popen_pipeline, remote_failed
 from flows.stage_process import run_dvc
 from popen import params as parameters
 from popen import pipeline
