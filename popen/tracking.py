@@ -190,7 +190,7 @@ class Tracker:
         """Client and run, made at the first call that reaches the tracking server."""
         if self._client is not None and self.run_id is not None:
             return self._client, self.run_id
-        with _connected(self._home) as (client, experiment):
+        with _connected(self._home, self.uri) as (client, experiment):
             parent = os.environ.get("POPEN_PARENT_RUN") or self._shared_parent(client, experiment)
         run = client.create_run(
             experiment,
@@ -227,19 +227,19 @@ def start_parent(home: Path) -> str:
     Raises what MLflow raises when its server is away (MlflowException, SQLAlchemyError, OSError).
     """
     _quieten()
-    with _connected(home) as (client, experiment):
+    with _connected(home, tracking_uri(home)) as (client, experiment):
         return _create_parent(client, experiment, pipeline.process_name())
 
 
 def end_parent(home: Path, run_id: str, status: Status) -> None:
     """End the run that `start_parent` made. Raises as that does."""
-    with _connected(home) as (client, _):
+    with _connected(home, tracking_uri(home)) as (client, _):
         client.set_terminated(run_id, status)
 
 
 def runs_below(home: Path, parent: str) -> list[Run]:
     """A parent run and its children, the oldest first. Raises as `start_parent` does."""
-    with _connected(home) as (client, experiment):
+    with _connected(home, tracking_uri(home)) as (client, experiment):
         below = f"tags.`mlflow.parentRunId` = '{parent}'"
         children = client.search_runs([experiment], below, order_by=["attributes.start_time ASC"])
         return [client.get_run(parent), *children]
@@ -254,13 +254,13 @@ def _quieten() -> None:
 
 
 @contextmanager
-def _connected(home: Path) -> Iterator[tuple[MlflowClient, str]]:
+def _connected(home: Path, uri: str) -> Iterator[tuple[MlflowClient, str]]:
     """Client and experiment id, under a lock: two processes that create the database, the experiment or
     the pipeline's run at once would spoil it."""
     from mlflow.tracking import MlflowClient
 
     with filelock.FileLock(pipeline.state_folder(home) / "tracking.lock", timeout=_PATIENCE):
-        client = MlflowClient(tracking_uri(home))
+        client = MlflowClient(uri)
         found = client.get_experiment_by_name(EXPERIMENT)
         if found is not None:
             experiment = str(found.experiment_id)
