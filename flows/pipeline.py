@@ -40,6 +40,7 @@ class _Work:
 
     root: Path
     force: bool
+    share: bool
     timeout: float | None
     slots: threading.Semaphore  # stages at once
     parent: ParentRun
@@ -72,7 +73,7 @@ def popen_pipeline(
     PipelineError naming the stages that failed, after those that do not depend on them have ended.
     """
     root = find_root(Path.cwd())
-    work = _Work(root, force, stage_timeout, threading.Semaphore(at_once), ParentRun(root))
+    work = _Work(root, force, share, stage_timeout, threading.Semaphore(at_once), ParentRun(root))
     status: tracking.Status = "KILLED"
     experiment = f"flow-{str(flow_run.id)[:8]}" if overrides else None
     with orphans.recorded(root, str(flow_run.id)):
@@ -146,6 +147,7 @@ def _stage_task(stage: Stage, work: _Work) -> Any:
                 log.info,
                 stop=work.stop,
                 force=work.force,
+                pull=work.share,
                 timeout=work.timeout,
                 environment=work.parent.environment(),
             )

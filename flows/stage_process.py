@@ -76,15 +76,17 @@ def reproduce(
     *,
     stop: threading.Event,
     force: bool = False,
+    pull: bool = False,
     timeout: float | None = None,
     environment: dict[str, str] | None = None,
 ) -> Outcome:
     """`dvc repro` of one stage in `root`, whatever the state of the stages it needs.
 
-    `say` gets every line, `stop` ends the stage when it is set, `timeout` is in seconds. Raises what
-    `run_dvc` raises.
+    `pull` fetches outputs that the run cache knows and this clone lacks. `say` gets every line, `stop` ends
+    the stage when it is set, `timeout` is in seconds. Raises what `run_dvc` raises.
     """
-    words = ["--wait-for-lock", "repro", "--single-item", *(["--force"] if force else []), stage]
+    options = [*(["--force"] if force else []), *(["--pull"] if pull else [])]
+    words = ["--wait-for-lock", "repro", "--single-item", *options, stage]
     lines = run_dvc(root, words, stage, say, stop=stop, timeout=timeout, environment=environment)
     # the stage's name is compared, so that nothing else which the lines hold is taken for it
     if {f"Stage '{stage}' didn't change, skipping", f"'{stage}' didn't change, skipping"} & set(lines):
