@@ -146,12 +146,16 @@ def test_the_deployments_are_there(root: Path) -> None:
     assert nightly["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
 
 
+def messages(run: str) -> set[str]:
+    return {log["message"] for log in api("logs/filter", logs={"flow_run_id": {"any_": [run]}})}
+
+
 def test_a_deployment_runs_as_the_readme_says(root: Path) -> None:
     run = run_on_demand(root)
     until(lambda: state(run) == "Completed")
     assert status(root) == {}
-    logs = api("logs/filter", logs={"flow_run_id": {"any_": [run]}})
-    assert "> echo 1 > a.txt" in {log["message"] for log in logs}
+    # the lines come in batches, the last of them after the state
+    until(lambda: "> echo 1 > a.txt" in messages(run))
 
 
 def test_a_cancelled_run_leaves_no_process(root: Path) -> None:
