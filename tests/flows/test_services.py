@@ -23,7 +23,7 @@ from popen.pipeline import process_name, state_folder
 from tests.flows.conftest import stage, status
 
 ROOT = Path(__file__).parents[2]
-NO_RETRAINING = "from prefect import flow\n\n\n@flow\ndef retrain() -> None:\n    pass\n"
+RETRAINING = "import time\nfrom prefect import flow\n\n\n@flow\ndef retrain() -> None:\n    time.sleep(15)\n"
 
 
 def free_port() -> int:
@@ -55,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, records: Path) -> Iterator[Pa
     subprocess.run(["git", "init", "-q"], cwd=root, check=True)
     for name in ("flows", "popen"):
         shutil.copytree(ROOT / name, root / name)
-    (root / "flows/retraining.py").write_text(NO_RETRAINING)  # it has tests of its own
+    (root / "flows/retraining.py").write_text(RETRAINING)  # it has tests of its own
     for name in ("prefect.yaml", "pyproject.toml"):
         shutil.copy(ROOT / name, root)
     shutil.copy(records, root)
@@ -144,6 +144,23 @@ def test_the_deployments_are_there(root: Path) -> None:
     assert [schedule["schedule"]["cron"] for schedule in nightly["schedules"]] == ["0 2 * * *"]
     assert nightly["global_concurrency_limit"]["limit"] == 1
     assert nightly["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+
+
+def test_a_schedule_fires_and_the_slot_is_held(root: Path) -> None:
+    """Seconds instead of nights: the second run finds the first at work and is cancelled."""
+    deployment = api("deployments/name/retrain/nightly")["id"]
+
+    def states() -> list[str]:
+        runs = api(
+            "flow_runs/filter", deployments={"id": {"any_": [deployment]}}, sort="EXPECTED_START_TIME_ASC"
+        )
+        return [run["state_name"] for run in runs if run["state_name"] not in ("Scheduled", "Late")]
+
+    prefect(root, "deployment", "schedule", "create", "retrain/nightly", "--interval", "5")
+    until(lambda: states()[:2] == ["Running", "Cancelled"], patience=120)
+    prefect(root, "deployment", "schedule", "clear", "retrain/nightly", "--accept-yes")
+    until(lambda: "Running" not in states())
+    assert states()[:2] == ["Completed", "Cancelled"]
 
 
 def messages(run: str) -> set[str]:
