@@ -123,10 +123,12 @@ class SftWeights(Group):
     dense: float  # per-pixel class, auxiliary
     describe: float  # kind and place of a target, read off its embedding, auxiliary
     point: float  # where the embedding looks back at the image, auxiliary
+    inventory: float  # what the answer will name, read off the prompt's last state, auxiliary
 
 
 class SftParams(Group):
     train: TrainParams
+    masks: Positive  # of an image's questions, how many supervise masks too; the rest teach words alone
     loss: SftWeights
     vision: Share  # the tower's learning rate as a share of train.lr; 0 keeps it frozen
 

@@ -23,7 +23,7 @@ from popen.samples import Region, Sample
 
 CATEGORIES = ["cup", "fork"]
 COLOURS = {"cup": (200, 40, 40), "fork": (40, 60, 190)}
-WEIGHTS = SftWeights(ce=1.0, bce=2.0, dice=0.5, refine=1.0, dense=0.0, describe=0.0, point=0.0)
+WEIGHTS = SftWeights(ce=1.0, bce=2.0, dice=0.5, refine=1.0, dense=0.0, describe=0.0, point=0.0, inventory=0.0)
 
 
 def mini_params() -> ModelParams:

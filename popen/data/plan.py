@@ -33,9 +33,9 @@ class Plan(Generic[T]):
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.groups))
 
     def item(self, index: int) -> list[T]:
-        """The members of item `index`, all of one group, in the order in which they were given."""
+        """The members of item `index`, all of one group, in an order of the seed's."""
         epoch, place = divmod(index, len(self.groups))
         group = self.groups[self._order(epoch)[place]]
         rng = np.random.default_rng([self.seed, 1, index])
         picks = rng.choice(len(group), size=min(self.count, len(group)), replace=False)
-        return [group[pick] for pick in sorted(picks)]
+        return [group[pick] for pick in picks]

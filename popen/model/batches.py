@@ -23,6 +23,7 @@ class Row:
     """A question about image number `image` of its batch; `answer` None asks for one to be generated.
 
     `masks` (one a `{seg}`, any size) supervise the answer's targets; None leaves them unsupervised.
+    `kinds` (one a `{seg}`) are what the answer names; None where they are not to be learnt.
     """
 
     image: int
@@ -30,6 +31,7 @@ class Row:
     answer: str | None = None
     masks: Sequence[Mask] | None = None
     ignore: Mask | None = None
+    kinds: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,17 @@ class Batch:
     masks: Tensor  # (N, H, W) float 0/1
     valid: Tensor  # (N, H, W) float, 0 where the sample says "ignore"
     dense: Tensor | None = None  # (B, H, W) class of every pixel, IGNORED where unknown
+    inventory: Tensor | None = None  # (R, categories) how many of each the answer names, IGNORED: unknown
 
     @property
     def answered(self) -> Tensor:
         """(R, T - 1) bool: the places whose next token belongs to an answer."""
         return self.labels[:, 1:] != IGNORED
+
+    @property
+    def asked(self) -> Tensor:
+        """(R,) place of the prompt's last token. Every row must have an answer."""
+        return self.answered.int().argmax(1)
 
     @property
     def image_of_target(self) -> Tensor:
@@ -62,8 +70,9 @@ class Batch:
 
     def first_rows(self, count: int) -> Batch:
         """The first `count` rows, which must hold every supervised target."""
-        rows = ("image_of_row", "input_ids", "attention_mask", "labels")
-        return replace(self, **{name: getattr(self, name)[:count] for name in rows})
+        rows = ("image_of_row", "input_ids", "attention_mask", "labels", "inventory")
+        known = {name: getattr(self, name) for name in rows}
+        return replace(self, **{name: part[:count] for name, part in known.items() if part is not None})
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -154,4 +163,12 @@ class Encoder:
             masks=torch.from_numpy(np.stack(masks)).float() if masks else torch.zeros(shape),
             valid=torch.from_numpy(np.stack(valid)).float() if valid else torch.zeros(shape),
             dense=torch.from_numpy(np.stack(labelled)) if labelled else None,
+            inventory=self._inventory(rows) if any(row.kinds is not None for row in rows) else None,
         )
+
+    def _inventory(self, rows: Sequence[Row]) -> Tensor:
+        counts = torch.full((len(rows), len(self.categories)), IGNORED)
+        for index, row in enumerate(rows):
+            if row.kinds is not None and set(row.kinds) <= set(self.categories):
+                counts[index] = torch.tensor([row.kinds.count(name) for name in self.categories])
+        return counts

@@ -100,6 +100,21 @@ def point_loss(looked: Tensor, batch: Batch) -> Tensor:
     return -(shares[:, None] * looked.float().log_softmax(-1)).sum(-1).mean()
 
 
+def inventory_loss(logits: Tensor, counts: Tensor) -> Tensor:
+    """Which kinds the answer names and how many of each, read off the prompt's last state (ours).
+
+    A language model from scratch learns to speak before it learns to choose, and names what stands out in
+    the image. This asks for the choice before the first word. logits (R, categories, n): at least one of
+    the kind, at least two, ... at least n; counts (R, categories), IGNORED where unknown. Binary
+    cross-entropy, summed over what is asked of a row.
+    """
+    steps = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
+    known = (counts != IGNORED).unsqueeze(-1).expand_as(logits)
+    true = (counts.unsqueeze(-1) >= steps).float()
+    loss = F.binary_cross_entropy_with_logits(logits.float(), true, weight=known.float(), reduction="sum")
+    return loss / known[:, 0, 0].sum().clamp(min=1)
+
+
 def sft_loss(output: Output, batch: Batch, weights: SftWeights) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum and its parts."""
     parts = {"ce": cross_entropy(output.logits, batch), **mask_loss(output.masks, batch, weights)}
@@ -109,5 +124,7 @@ def sft_loss(output: Output, batch: Batch, weights: SftWeights) -> tuple[Tensor,
         parts["describe"] = describe_loss(output.described, batch)
     if output.looked is not None and weights.point:
         parts["point"] = point_loss(output.looked, batch)
+    if output.inventory is not None and batch.inventory is not None and weights.inventory:
+        parts["inventory"] = inventory_loss(output.inventory, batch.inventory)
     total = sum((getattr(weights, name) * value for name, value in parts.items()), torch.zeros(()))
     return total, {name: value.detach() for name, value in parts.items()}

@@ -20,6 +20,7 @@ from popen.model.language import IMAGE, build_language, load_tokenizer
 from popen.model.vision import Tower
 from popen.params import ModelParams
 
+COUNTED = 3  # of a kind, up to which number the inventory counts
 PARTS = 3  # of a batch's rows, sorted by length
 
 
@@ -35,6 +36,7 @@ class Output:
     dense: Tensor | None = None  # (B, 1 + categories, h, w) logits
     described: Tensor | None = None  # (N, S, 1 + categories + 3), see `describe_loss`
     looked: Tensor | None = None  # (N, S, h w) logits, see `point_loss`
+    inventory: Tensor | None = None  # (R, categories, COUNTED) logits, see `inventory_loss`
 
 
 class Projector(nn.Module):
@@ -78,6 +80,7 @@ class Segmenter(nn.Module):
         self.decoder = PixelDecoder(params.decoder, scales, params.vision.image_size)
         self.dense = dense_head(width, len(categories))
         self.describe = nn.Linear(width, 1 + len(categories) + 3)
+        self.inventory = nn.Linear(hidden, len(categories) * COUNTED)
         self.encoder = Encoder(
             tokenizer,
             names,
@@ -173,7 +176,13 @@ class Segmenter(nn.Module):
             dense=None if batch.dense is None else self.dense(self.neck(features)[-1]),
             described=None if batch.dense is None else self.describe(embeddings),
             looked=looked,
+            inventory=None if batch.inventory is None else self.take_inventory(hidden, batch),
         )
+
+    def take_inventory(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Hidden states (R, T, D) -> logits (R, categories, COUNTED), read where the answer begins."""
+        states = hidden[torch.arange(len(hidden), device=hidden.device), batch.asked]
+        return self.inventory(states.float()).unflatten(1, (len(self.categories), COUNTED))
 
     # -- saving: what a named base model provides and nothing trains is not written again
 

@@ -32,7 +32,7 @@ def main() -> None:
             model,
             train,
             plan.item,
-            sft_collate(model, run, dense=False),
+            sft_collate(model, run, auxiliary=False),
             loss,
             None,
             [MODEL, INDEX / "train.jsonl"],

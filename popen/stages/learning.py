@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,14 +49,23 @@ def image_plan(samples: Sequence[Sample], questions: int, seed: int) -> Plan[Sam
     return Plan(samples, questions, seed, key=lambda sample: sample.image)
 
 
-def sft_collate(model: Segmenter, run: Run, dense: bool) -> Callable[[Sequence[list[Sample]]], Batch]:
-    """Items (the samples of one image each) -> a supervised batch."""
-    data = run.params.data
+def sft_collate(model: Segmenter, run: Run, auxiliary: bool) -> Callable[[Sequence[list[Sample]]], Batch]:
+    """Items (the samples of one image each) -> a supervised batch.
+
+    The first `sft.masks` samples of an item supervise masks too. `auxiliary` adds what the auxiliary
+    losses compare with.
+    """
+    data, masks = run.params.data, run.params.sft.masks
 
     def collate(items: Sequence[list[Sample]]) -> Batch:
         images = [open_image(Path(data.root), item[0].image, data.max_pixels) for item in items]
-        rows = [sample_row(sample, index) for index, item in enumerate(items) for sample in item]
-        return model.encoder.batch(images, rows, [item[0] for item in items] if dense else ())
+        rows = []
+        for image, item in enumerate(items):
+            for place, sample in enumerate(item):
+                row = sample_row(sample, image)
+                kinds = [target.category for target in sample.targets] if auxiliary else None
+                rows.append(replace(row, masks=row.masks if place < masks else None, kinds=kinds))
+        return model.encoder.batch(images, rows, [item[0] for item in items] if auxiliary else ())
 
     return collate
 
@@ -64,8 +74,8 @@ def validation(
     model: Segmenter, run: Run, held_out: Sequence[Sample], weights: SftWeights
 ) -> Callable[[], dict[str, float]]:
     """Loss and IoU on held-out questions with the true answers fed (teacher-forced, and called so)."""
-    plan = image_plan(held_out, run.params.sft.train.questions, run.params.seed)
-    collate = sft_collate(model, run, dense=False)
+    plan = image_plan(held_out, run.params.sft.masks, run.params.seed)
+    collate = sft_collate(model, run, auxiliary=False)
     count = min(len(plan.groups), 192)
     batches = [collate([plan.item(i) for i in range(at, min(at + 32, count))]) for at in range(0, count, 32)]
 

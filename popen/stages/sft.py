@@ -46,7 +46,7 @@ def main() -> None:
             model,
             params.sft.train,
             plan.item,
-            sft_collate(model, run, dense=params.sft.loss.dense > 0),
+            sft_collate(model, run, auxiliary=True),
             loss,
             validation(model, run, samples("val"), params.sft.loss),
             [VISION, INDEX / "train.jsonl", INDEX / "val.jsonl"],

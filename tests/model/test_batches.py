@@ -11,7 +11,7 @@ from popen.masks import decode
 from popen.model.batches import Row
 from popen.model.dense import IGNORED
 from popen.model.language import IMAGE
-from popen.model.segmenter import Segmenter
+from popen.model.segmenter import COUNTED, Segmenter
 from popen.samples import Sample
 
 
@@ -97,3 +97,28 @@ def test_parts_of_a_batch(mini_model: Segmenter, picture: Image.Image, sample: S
     assert moved.dense is not None
     assert moved.dense.shape == (1, 32, 32)
     assert mini_model.encoder.batch([picture], rows).to("cpu").dense is None
+
+
+def test_an_inventory_counts_the_kinds_of_an_answer(mini_model: Segmenter, picture: Image.Image) -> None:
+    cup, *others = mini_model.encoder.categories
+    rows = [
+        Row(0, "What?", "A {seg} and b {seg}.", kinds=[cup, cup]),
+        Row(0, "What?", "There is nothing like that here.", kinds=[]),
+        Row(0, "What?", "A {seg}.", kinds=["a kind that nobody knows"]),
+        Row(0, "What?", "A {seg}."),
+    ]
+    batch = mini_model.encoder.batch([picture], rows)
+    zeros = [0] * len(others)
+    unknown = [IGNORED] * (1 + len(others))
+    assert batch.inventory is not None
+    assert batch.inventory.tolist() == [[2, *zeros], [0, *zeros], unknown, unknown]
+    torch.testing.assert_close(batch.first_rows(1).inventory, batch.inventory[:1])
+    colon = mini_model.encoder.question_ids("What?")[-1]
+    assert batch.input_ids[range(4), batch.asked].tolist() == [colon] * 4
+    output = mini_model(batch)
+    assert output.inventory is not None
+    assert output.inventory.shape == (4, 1 + len(others), COUNTED)
+    # read before the first word: the answer's own words change nothing
+    changed = [rows[0], Row(0, "What?", "There is nothing.", kinds=[]), *rows[2:]]
+    other = mini_model(mini_model.encoder.batch([picture], changed)).inventory
+    torch.testing.assert_close(other, output.inventory)

@@ -11,11 +11,22 @@ from torch import Tensor
 
 from popen.model.batches import Batch
 from popen.model.dense import IGNORED
-from popen.model.losses import bce, contested, describe_loss, dice, mask_loss, point_loss, sft_loss
+from popen.model.losses import (
+    bce,
+    contested,
+    describe_loss,
+    dice,
+    inventory_loss,
+    mask_loss,
+    point_loss,
+    sft_loss,
+)
 from popen.model.segmenter import Output
 from popen.params import SftWeights
 
-WEIGHTS = SftWeights(ce=1.0, bce=2.0, dice=0.5, refine=3.0, dense=0.25, describe=0.5, point=0.0)
+WEIGHTS = SftWeights(
+    ce=1.0, bce=2.0, dice=0.5, refine=3.0, dense=0.25, describe=0.5, point=0.0, inventory=0.0
+)
 
 
 def batch(masks: Tensor, rows: list[int], valid: Tensor | None = None) -> Batch:
@@ -141,3 +152,12 @@ def test_point_loss_by_hand() -> None:
     ignored = batch(masks, [0, 1], valid)
     assert float(point_loss(looked, ignored)) == pytest.approx(-(math.log(0.4) + math.log(0.1)) / 4)
     assert float(point_loss(torch.zeros(0, 2, 4), batch(torch.zeros(0, 4, 4), []))) == 0.0
+
+
+def test_inventory_loss_by_hand() -> None:
+    """Two kinds, counted up to two; the second row is unknown."""
+    logits = torch.tensor([[[2.0, -1.0], [0.5, 0.0]], [[9.0, 9.0], [9.0, 9.0]]])
+    counts = torch.tensor([[3, 0], [IGNORED, IGNORED]])
+    expected = softplus(-2.0) + softplus(1.0) + softplus(0.5) + softplus(0.0)
+    assert inventory_loss(logits, counts).item() == pytest.approx(expected)
+    assert inventory_loss(logits, torch.full((2, 2), IGNORED)).item() == 0.0

@@ -15,7 +15,7 @@ from torch import nn
 
 from popen.params import TrainParams
 from popen.samples import Sample
-from popen.stages.learning import both_stages, fit, image_plan, pair_plan, sample_row, validation
+from popen.stages.learning import both_stages, fit, image_plan, pair_plan, sample_row, sft_collate, validation
 from popen.stages.run import QUIET, Run, stage
 from tests import test_training as toys
 from tests.conftest import WEIGHTS
@@ -136,6 +136,23 @@ def test_a_sample_becomes_a_supervised_row(sample: Sample) -> None:
     assert (row.image, row.question, row.answer, row.ignore) == (3, sample.question, sample.answer, None)
     assert row.masks is not None
     assert [int(mask.sum()) for mask in row.masks] == [100, 64]
+
+
+def test_the_first_samples_of_an_item_supervise_masks(
+    run: Run, mini_model: Any, data: tuple[Path, list[Sample]]
+) -> None:
+    root = run.params.data.model_copy(update={"root": str(data[0])})
+    sft = run.params.sft.model_copy(update={"masks": 1})
+    run.params = run.params.model_copy(update={"data": root, "sft": sft})
+    item = [data[1][0], data[1][0]]
+    batch = sft_collate(mini_model, run, auxiliary=True)([item, item])
+    assert batch.row_of_target.tolist() == [0, 0, 2, 2]  # two targets in each answer
+    assert batch.answered.any(1).all()
+    assert batch.inventory is not None
+    assert batch.inventory.sum(1).tolist() == [2, 2, 2, 2]
+    bare = sft_collate(mini_model, run, auxiliary=False)([item, item])
+    assert bare.inventory is None
+    assert bare.dense is None
 
 
 def test_validation_is_of_what_the_model_knows(

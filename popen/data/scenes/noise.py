@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import binary_dilation, binary_erosion
 
 from popen.data.scenes.composition import Scene
-from popen.data.scenes.kinds import PARTNERS
+from popen.data.scenes.kinds import KINDS, PARTNERS
 from popen.data.scenes.polygons import outlines
 from popen.data.scenes.questions import Asked
 from popen.masks import Mask
@@ -29,25 +29,44 @@ class Mention:
 
 
 def truth(scene: Scene, question: Asked) -> list[Mention]:
-    """The right answer's mentions, left to right."""
+    """The right answer's mentions, in the order in which it tells them."""
+    return _in_order(_mentions(scene, question), question)
+
+
+def _mentions(scene: Scene, question: Asked) -> list[Mention]:
+    """Left to right."""
     things = scene.things
     return [Mention(things[n].name, things[n].kind, n) for n in question.targets]
 
 
+def _in_order(mentions: list[Mention], question: Asked) -> list[Mention]:
+    """Kind by kind: those that the question names as it names them, others as the table of kinds has them.
+
+    Within a kind the top one and the large one come first, else it goes from left to right.
+    """
+    kinds = [*question.named, *KINDS]
+
+    def place(mention: Mention) -> tuple[int, bool, int]:
+        second = mention.name.startswith(("the bottom ", "the small "))
+        return kinds.index(mention.kind), second, mention.region
+
+    return sorted(mentions, key=place)
+
+
 def noisy(scene: Scene, question: Asked, rng: np.random.Generator, noise: NoiseParams) -> list[Mention]:
     """The mentions of a machine-written answer: a plausible absent thing named, or a small one left out."""
-    mentions = truth(scene, question)
+    mentions = _mentions(scene, question)
     invent, drop = rng.random(2)
     if question.kind in ("list", "use") and invent < noise.absent_mentioned:
-        for place, mention in enumerate(mentions):
+        for mention in mentions:
             partner = PARTNERS[mention.kind]
             if partner not in scene.counts:
-                mentions.insert(place + 1, Mention(f"the {partner}", partner, mention.region))
-                return mentions
+                absent = Mention(f"the {partner}", partner, mention.region)
+                return _in_order([*mentions, absent], question)
     if len(mentions) > 1 and drop < noise.present_dropped:
         smallest = min(mentions, key=lambda mention: np.count_nonzero(scene.things[mention.region].mask))
         mentions.remove(smallest)
-    return mentions
+    return _in_order(mentions, question)
 
 
 def coarse(mask: Mask, rng: np.random.Generator) -> Mask:

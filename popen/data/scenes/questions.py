@@ -47,11 +47,15 @@ ABSENT = 0.03  # share of questions to which the answer is "nothing"
 
 @dataclass(frozen=True)
 class Question:
-    """`wordings` are (question, opening of the answer); `targets` number things, left to right."""
+    """`wordings` are (question, opening of the answer); `targets` number things, left to right.
+
+    `named` are the kinds that the question asks for by name, in its order.
+    """
 
     kind: str
     wordings: tuple[tuple[str, str], ...]
     targets: tuple[int, ...]
+    named: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Asked:
     opening: str  # how its answer begins: "you could use"
     targets: tuple[int, ...]
     other: str = ""  # the same question in other words, where there are any
+    named: tuple[str, ...] = ()
 
 
 def answer_text(opening: str, names: list[str]) -> str:
@@ -114,7 +119,8 @@ def possible(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 def _word(question: Question, rng: np.random.Generator) -> Asked:
     (text, opening), *others = [question.wordings[int(n)] for n in rng.permutation(len(question.wordings))]
-    return Asked(question.kind, text, opening, question.targets, others[0][0] if others else "")
+    other = others[0][0] if others else ""
+    return Asked(question.kind, text, opening, question.targets, other, question.named)
 
 
 def _draw(scene: Scene, rng: np.random.Generator, questions: list[Question]) -> Question:
@@ -311,7 +317,7 @@ def _listings(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
             f"is there any {joined(order, 'or')} here?",
             f"please bring me the {joined([plural(kind) for kind in order])}.",
         ]
-        yield Question("list", _wordings("here is", *texts), _of(scene, kinds))
+        yield Question("list", _wordings("here is", *texts), _of(scene, kinds), tuple(order))
     if len(scene.things) <= MOST_TARGETS:
         texts = ["what is on the table?", "name all the things you see."]
         yield Question("list", _wordings("here is", *texts), tuple(range(len(scene.things))))
