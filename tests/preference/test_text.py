@@ -218,11 +218,12 @@ def test_noisy_answers_about_scenes_are_corrected_to_the_true_ones_word_for_word
         scene, rng = compose((seed,), 64, crowded=seed % 2 == 0), np.random.default_rng(seed)
         objects = tuple(Region(shown.name, shown.kind, encode(shown.mask)) for shown in scene.things)
         for question in questions.ask(scene, rng, 6):
+            right = noises.truth(scene, question)
             truth, said = (
                 questions.answer_text(question.opening, [mention.name for mention in mentions])
-                for mentions in (noises.truth(scene, question), noises.noisy(scene, question, rng, noise))
+                for mentions in (right, noises.noisy(scene, question, rng, noise))
             )
-            targets = tuple(objects[number] for number in question.targets)
+            targets = tuple(objects[mention.region] for mention in right)
             assert correct(said, ask(*targets, objects=objects, answer=truth)).answer == truth
             spoiled += said != truth
     assert spoiled > 10

@@ -32,8 +32,8 @@ class Thing:
 def names(things: Sequence[Thing], size: int) -> list[Thing] | None:
     """Things (left to right) with their names; None when two of a kind cannot be told apart.
 
-    A name follows from the picture alone: colour where the colours of a kind all differ, else size,
-    else the place.
+    A name follows from the picture alone: the place where it is plain, else colour, else size. The first
+    word of a name then tells how many there are: one has none, two have sides, more are counted.
     """
     named = []
     for thing in things:
@@ -48,17 +48,15 @@ def names(things: Sequence[Thing], size: int) -> list[Thing] | None:
 def _word(thing: Thing, group: list[Thing], size: int) -> str | None:
     if len(group) == 1:
         return f"the {thing.kind}"
+    if sideways(group, size):
+        return f"the {'left' if thing is group[0] else 'right'} {thing.kind}"
+    if upright(group, size):
+        return f"the {'top' if thing.y == min(t.y for t in group) else 'bottom'} {thing.kind}"
+    if len(group) > 2 and countable(group, size):
+        return f"the {ordinal(thing, group)} {thing.kind} from the left"
     if colours_differ(group):
         return f"the {thing.colour} {thing.kind}"
-    if sizes_differ(group):
-        return f"the {size_word(thing, group)} {thing.kind}"
-    if len(group) == 2:
-        if sideways(group, size):
-            return f"the {'left' if thing is group[0] else 'right'} {thing.kind}"
-        if upright(group, size):
-            return f"the {'top' if thing.y == min(t.y for t in group) else 'bottom'} {thing.kind}"
-        return None
-    return f"the {ordinal(thing, group)} {thing.kind} from the left" if countable(group, size) else None
+    return f"the {size_word(thing, group)} {thing.kind}" if sizes_differ(group) else None
 
 
 def colours_differ(group: Sequence[Thing]) -> bool:

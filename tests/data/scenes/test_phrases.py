@@ -17,17 +17,12 @@ def test_a_thing_without_a_twin_is_called_by_its_kind() -> None:
     assert named(thing("cup", "red", 10), thing("fork", "red", 30)) == ["the cup", "the fork"]
 
 
-def test_colour_comes_first_then_size_then_place() -> None:
-    assert named(thing("cup", "red", 10, length=10), thing("cup", "blue", 40)) == [
-        "the red cup",
-        "the blue cup",
-    ]
-    assert named(thing("cup", "red", 10, length=14), thing("cup", "red", 40)) == [
-        "the small cup",
-        "the large cup",
-    ]
-    assert named(thing("cup", "red", 10), thing("cup", "red", 40)) == ["the left cup", "the right cup"]
-    assert named(thing("cup", "red", 10, y=50), thing("cup", "red", 14)) == ["the bottom cup", "the top cup"]
+def test_place_comes_first_then_colour_then_size() -> None:
+    small, near = thing("cup", "red", 10, length=14), thing("cup", "blue", 14)
+    assert named(small, thing("cup", "blue", 40)) == ["the left cup", "the right cup"]
+    assert named(thing("cup", "red", 10, y=50), near) == ["the bottom cup", "the top cup"]
+    assert named(small, near) == ["the red cup", "the blue cup"]
+    assert named(small, thing("cup", "red", 14)) == ["the small cup", "the large cup"]
 
 
 def test_three_alike_are_counted_from_the_left() -> None:

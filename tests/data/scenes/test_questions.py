@@ -206,10 +206,10 @@ def test_an_absent_partner_is_named_as_often_as_asked(population: Population) ->
 def test_answers_tell_kind_by_kind() -> None:
     scene = hand_made(
         ("cup", "red", 5, 30), ("fork", "red", 15, 50), ("fork", "red", 15.5, 10), ("apple", "red", 30, 30),
-        ("cup", "blue", 44, 30),
+        ("cup", "red", 44, 30),
     )  # fmt: skip
     asked = Asked("list", "", "here are", (0, 1, 2, 3, 4), named=("fork", "apple"))
-    names = ["the top fork", "the bottom fork", "the apple", "the red cup", "the blue cup"]
+    names = ["the top fork", "the bottom fork", "the apple", "the left cup", "the right cup"]
     assert [mention.name for mention in truth(scene, asked)] == names
     unasked = Asked("material", "", "it is", (0, 1, 2, 3, 4))
     assert [mention.name for mention in truth(scene, unasked)] == [*names[2:], *names[:2]]
