@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -36,12 +37,17 @@ class ParentRun:
         return {"POPEN_PARENT_RUN": self.id} if self.id else {}
 
     def end(self, status: tracking.Status) -> None:
-        """End the run if there is one. A later pipeline closes it where MLflow is away now."""
-        if self.id:
+        """End the run if there is one. Where MLflow stays away, or is away from a flow that is being stopped,
+        a later pipeline closes it."""
+        for pause in [0.0] if status == "KILLED" else [0.0, *PAUSES]:
+            time.sleep(pause)
             try:
-                tracking.end_parent(self._home, self.id, status)
+                if self.id:
+                    tracking.end_parent(self._home, self.id, status)
+                return
             except Exception as error:
-                get_run_logger().warning("MLflow is away, its run is not ended: %s", one_line(error))
+                problem = one_line(error)
+        get_run_logger().warning("MLflow is away, its run is not ended: %s", problem)
 
 
 @task(

@@ -1,0 +1,113 @@
+"""Servers of other people's, on loopback and free ports, that can be stopped and started again in place."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Callable[[], Any], patience: float = 120) -> Any:
+    """Wait for a condition; what it returned."""
+    deadline = time.monotonic() + patience
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.1)
+    return found
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Postgres:
+    """A cluster of its own. PostgreSQL refuses root, so there it runs as its own user."""
+
+    def __init__(self, folder: Path, programs: Path) -> None:
+        self.port = free_port()
+        self._programs, self._data, self._log = programs, folder / "data", folder / "log.txt"
+        self._run("initdb", "--auth=trust", "--username=popen", "--no-sync")
+        settings = f"port = {self.port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{folder}'\n"
+        with (self._data / "postgresql.conf").open("a") as file:
+            file.write(settings)
+
+    def start(self) -> None:
+        self._run("pg_ctl", "start", "--wait", f"--log={self._log}")
+
+    def stop(self) -> None:
+        """At once, as in a crash: what was not committed is lost."""
+        self._run("pg_ctl", "stop", "--mode=immediate")
+
+    def create(self, *databases: str) -> None:
+        for name in databases:
+            self.ask(f"create database {name}", "postgres")
+
+    def ask(self, sql: str, database: str) -> list[tuple[Any, ...]]:
+        connection = psycopg2.connect(self.address(database))
+        connection.autocommit = True
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(sql)
+                return cursor.fetchall() if cursor.description else []
+        finally:
+            connection.close()
+
+    def address(self, database: str, driver: str = "postgresql") -> str:
+        return f"{driver}://popen@127.0.0.1:{self.port}/{database}"
+
+    def _run(self, program: str, *words: str) -> None:
+        as_another: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            user = pwd.getpwnam("postgres")
+            as_another = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        done = subprocess.run(
+            [self._programs / program, "-D", self._data, *words],
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # pg_ctl's server would hold a pipe open
+            stderr=subprocess.DEVNULL,
+            **as_another,
+        )
+        assert done.returncode == 0, f"{program} failed; see {self._log}"
+
+
+def postgres_programs() -> Path | None:
+    """The folder of Debian's newest PostgreSQL, or of that on the PATH."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    path = str(found[-1]) if found else shutil.which("initdb")
+    return Path(path).parent if path else None
+
+
+@contextmanager
+def running(words: list[str], folder: Path, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A program in the background, ended with the block."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            words,
+            cwd=folder,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(60)
