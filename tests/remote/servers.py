@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psycopg2
+from moto.server import ThreadedMotoServer
 
 
 def free_port() -> int:
@@ -111,3 +113,63 @@ def running(words: list[str], folder: Path, log: Path, **environment: str) -> It
     finally:
         process.terminate()
         process.wait(60)
+
+
+class Sshd:
+    """OpenSSH's server for this user alone, with keys of its own; `client` is a folder that serves as the
+    client's home, in whose `.ssh/config` the server is the host `store`."""
+
+    def __init__(self, folder: Path, program: Path) -> None:
+        self.files, self.client, self.port = folder / "files", folder / "home", free_port()
+        keys = self.client / ".ssh"
+        keys.mkdir(parents=True)
+        self.files.mkdir()
+        for key in (folder / "host_key", keys / "id_ed25519"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        (keys / "config").write_text(
+            f"Host store\n  HostName 127.0.0.1\n  Port {self.port}\n  User {user}\n"
+            f"  IdentityFile {keys / 'id_ed25519'}\n"
+        )
+        settings = f"""
+            ListenAddress 127.0.0.1:{self.port}
+            HostKey {folder / "host_key"}
+            AuthorizedKeysFile {keys / "id_ed25519.pub"}
+            PidFile none
+            PasswordAuthentication no
+            UsePAM no
+            StrictModes no
+            Subsystem sftp internal-sftp
+        """
+        (folder / "sshd_config").write_text(settings)
+        self._words = [str(program), "-D", "-e", "-f", str(folder / "sshd_config")]
+        self._log = folder / "log.txt"
+        self._process: subprocess.Popen[bytes] | None = None
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # as Debian's service does at its start
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(self._words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        until(lambda: listens(self.port))
+
+    def stop(self) -> None:
+        assert self._process is not None
+        self._process.terminate()
+        self._process.wait(60)
+
+
+class S3:
+    """moto's S3 server with the bucket `popen`. It keeps its objects while it is stopped."""
+
+    def __init__(self) -> None:
+        self.address = f"http://127.0.0.1:{free_port()}"
+        self._server = ThreadedMotoServer("127.0.0.1", int(self.address.rpartition(":")[2]), verbose=False)
+        self.start()
+        httpx.put(f"{self.address}/popen").raise_for_status()
+
+    def start(self) -> None:
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop()
