@@ -37,17 +37,17 @@ class ParentRun:
         return {"POPEN_PARENT_RUN": self.id} if self.id else {}
 
     def end(self, status: tracking.Status) -> None:
-        """End the run if there is one. Where MLflow stays away, or is away from a flow that is being stopped,
-        a later pipeline closes it."""
-        for pause in [0.0] if status == "KILLED" else [0.0, *PAUSES]:
-            time.sleep(pause)
+        """End the run if there is one. Where MLflow stays away, a later pipeline closes it."""
+        pauses = [] if status == "KILLED" else list(PAUSES)  # who cancels does not wait
+        while self.id:
             try:
-                if self.id:
-                    tracking.end_parent(self._home, self.id, status)
-                return
+                tracking.end_parent(self._home, self.id, status)
+                break
             except Exception as error:
-                problem = one_line(error)
-        get_run_logger().warning("MLflow is away, its run is not ended: %s", problem)
+                if not pauses:
+                    get_run_logger().warning("MLflow is away, its run is not ended: %s", one_line(error))
+                    break
+            time.sleep(pauses.pop(0))
 
 
 @task(

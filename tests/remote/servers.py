@@ -42,8 +42,8 @@ class Postgres:
     """A cluster of its own. PostgreSQL refuses root, so there it runs as its own user."""
 
     def __init__(self, folder: Path, programs: Path) -> None:
-        self.port = free_port()
-        self._programs, self._data, self._log = programs, folder / "data", folder / "log.txt"
+        self.port, self.programs = free_port(), programs
+        self._data, self._log = folder / "data", folder / "log.txt"
         self._run("initdb", "--auth=trust", "--username=popen", "--no-sync")
         settings = f"port = {self.port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{folder}'\n"
         with (self._data / "postgresql.conf").open("a") as file:
@@ -79,7 +79,7 @@ class Postgres:
             user = pwd.getpwnam("postgres")
             as_another = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         done = subprocess.run(
-            [self._programs / program, "-D", self._data, *words],
+            [self.programs / program, "-D", self._data, *words],
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # pg_ctl's server would hold a pipe open

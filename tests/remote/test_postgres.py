@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,3 +112,22 @@ def test_postgres_restarted_at_any_step_of_a_promotion(client: MlflowClient, clo
         assert client.get_registered_model(registry.NAME).tags == {}
         old = str(version.version)
     assert outages == 13  # as many writes as tests/promotion counts
+
+
+def test_a_dump_brings_a_lost_registry_back(client: MlflowClient, clone: Path, team: Team, tmp_path: Path) -> None:
+    """With the commands of docs/operations.md."""
+    made_champion(client, clone, "kept")
+    before, kept = aliases(client), [version.tags for version in versions(client)]
+    address, file = team.postgres.address("mlflow"), str(tmp_path / "mlflow.dump")
+    for program, *words in (
+        ["pg_dump", "--format=custom", f"--file={file}", address],
+        ["dropdb", "--force", f"--maintenance-db={team.postgres.address('postgres')}", "mlflow"],
+        ["createdb", f"--maintenance-db={team.postgres.address('postgres')}", "mlflow"],
+        ["pg_restore", f"--dbname={address}", file],
+    ):
+        subprocess.run([team.postgres.programs / program, *words], check=True)
+    until(team.answers)
+    assert (aliases(client), [version.tags for version in versions(client)]) == (before, kept)
+    again = new(client, clone, "after")
+    assert registry.promote(client, again, GOOD, champion(client))
+    assert mlflow.pyfunc.load_model(f"models:/{registry.NAME}@{registry.CHAMPION}")
