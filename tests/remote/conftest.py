@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,9 @@ class Team:
 def team(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
     """As docs/operations.md starts them."""
     folder = tmp_path_factory.mktemp("team")
-    postgres.create("prefect", "mlflow")
+    postgres.ask("create role popen login password 'secret'")
+    for name in ("prefect", "mlflow"):
+        postgres.ask(f"create database {name} owner popen")
     ports = free_port(), free_port()
     mlflow = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(ports[1])]
     mlflow += ["--workers", "1", "--backend-store-uri", postgres.address("mlflow")]

@@ -24,7 +24,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def until(condition: Callable[[], Any], patience: float = 120) -> Any:
+def until(condition: Callable[[], Any], patience: float = 240) -> Any:
     """Wait for a condition; what it returned."""
     deadline = time.monotonic() + patience
     while not (found := condition()):
@@ -39,13 +39,17 @@ def listens(port: int) -> bool:
 
 
 class Postgres:
-    """A cluster of its own. PostgreSQL refuses root, so there it runs as its own user."""
+    """A cluster of its own, set up like Debian's: the superuser by the socket, others by password over TCP.
+    PostgreSQL refuses root, so there it runs as its own user."""
 
     def __init__(self, folder: Path, programs: Path) -> None:
         self.port, self.programs = free_port(), programs
-        self._data, self._log = folder / "data", folder / "log.txt"
-        self._run("initdb", "--auth=trust", "--username=popen", "--no-sync")
-        settings = f"port = {self.port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{folder}'\n"
+        self._folder, self._data, self._log = folder, folder / "data", folder / "log.txt"
+        words = ["--auth-local=trust", "--auth-host=scram-sha-256", "--username=postgres", "--no-sync"]
+        self._run("initdb", *words)
+        settings = (
+            f"port = {self.port}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{folder}'\n"
+        )
         with (self._data / "postgresql.conf").open("a") as file:
             file.write(settings)
 
@@ -56,12 +60,10 @@ class Postgres:
         """At once, as in a crash: what was not committed is lost."""
         self._run("pg_ctl", "stop", "--mode=immediate")
 
-    def create(self, *databases: str) -> None:
-        for name in databases:
-            self.ask(f"create database {name}", "postgres")
-
-    def ask(self, sql: str, database: str) -> list[tuple[Any, ...]]:
-        connection = psycopg2.connect(self.address(database))
+    def ask(self, sql: str, database: str = "postgres") -> list[tuple[Any, ...]]:
+        """As superuser."""
+        words = {"host": str(self._folder), "port": self.port, "user": "postgres", "dbname": database}
+        connection = psycopg2.connect(**words)
         connection.autocommit = True
         try:
             with connection.cursor() as cursor:
@@ -71,7 +73,7 @@ class Postgres:
             connection.close()
 
     def address(self, database: str, driver: str = "postgresql") -> str:
-        return f"{driver}://popen@127.0.0.1:{self.port}/{database}"
+        return f"{driver}://popen:secret@127.0.0.1:{self.port}/{database}"
 
     def _run(self, program: str, *words: str) -> None:
         as_another: dict[str, Any] = {}
@@ -97,7 +99,9 @@ def postgres_programs() -> Path | None:
 
 
 @contextmanager
-def running(words: list[str], folder: Path, log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    words: list[str], folder: Path, log: Path, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """A program in the background, ended with the block."""
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -158,6 +162,11 @@ class Sshd:
         self._process.terminate()
         self._process.wait(60)
 
+    def lose(self) -> None:
+        """Everything that was stored."""
+        shutil.rmtree(self.files)
+        self.files.mkdir()
+
 
 class S3:
     """moto's S3 server with the bucket `popen`. It keeps its objects while it is stopped."""
@@ -166,10 +175,15 @@ class S3:
         self.address = f"http://127.0.0.1:{free_port()}"
         self._server = ThreadedMotoServer("127.0.0.1", int(self.address.rpartition(":")[2]), verbose=False)
         self.start()
-        httpx.put(f"{self.address}/popen").raise_for_status()
+        self.lose()
 
     def start(self) -> None:
         self._server.start()
 
     def stop(self) -> None:
         self._server.stop()
+
+    def lose(self) -> None:
+        """Everything that was stored."""
+        httpx.post(f"{self.address}/moto-api/reset").raise_for_status()
+        httpx.put(f"{self.address}/popen").raise_for_status()

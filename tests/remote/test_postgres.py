@@ -1,4 +1,4 @@
-"""Prefect's server and MLflow on PostgreSQL: runs, records and the registry, and PostgreSQL away for a while."""
+"""Prefect's server and MLflow on PostgreSQL: runs, the registry, dumps, and PostgreSQL away for a while."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Interrupted:
 
 @pytest.fixture
 def client(team: Team, clone: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowClient]:
-    """MLflow's client over HTTP, with the clone's bundle recorded. It tries nothing twice: the outage shows."""
+    """MLflow's client over HTTP, with the clone's bundle recorded. It tries nothing twice."""
     before = mlflow.get_tracking_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", team.mlflow)
     made = MlflowClient(team.mlflow)
@@ -114,20 +114,22 @@ def test_postgres_restarted_at_any_step_of_a_promotion(client: MlflowClient, clo
     assert outages == 13  # as many writes as tests/promotion counts
 
 
-def test_a_dump_brings_a_lost_registry_back(client: MlflowClient, clone: Path, team: Team, tmp_path: Path) -> None:
-    """With the commands of docs/operations.md."""
+def test_a_dump_brings_lost_databases_back(
+    client: MlflowClient, clone: Path, team: Team, tmp_path: Path
+) -> None:
+    """With the commands of docs/operations.md; both services go on with what they find."""
+    postgres = team.postgres
     made_champion(client, clone, "kept")
+    team.ask("flows/", name="kept")
     before, kept = aliases(client), [version.tags for version in versions(client)]
-    address, file = team.postgres.address("mlflow"), str(tmp_path / "mlflow.dump")
-    for program, *words in (
-        ["pg_dump", "--format=custom", f"--file={file}", address],
-        ["dropdb", "--force", f"--maintenance-db={team.postgres.address('postgres')}", "mlflow"],
-        ["createdb", f"--maintenance-db={team.postgres.address('postgres')}", "mlflow"],
-        ["pg_restore", f"--dbname={address}", file],
-    ):
-        subprocess.run([team.postgres.programs / program, *words], check=True)
+    for name in ("prefect", "mlflow"):
+        address, file = postgres.address(name), str(tmp_path / name)
+        subprocess.run([postgres.programs / "pg_dump", "-Fc", "-f", file, address], check=True)
+        postgres.ask(f"drop database {name} with (force)")
+        postgres.ask(f"create database {name} owner popen")
+        subprocess.run([postgres.programs / "pg_restore", "-d", address, file], check=True)
     until(team.answers)
+    assert "kept" in {flow["name"] for flow in team.ask("flows/filter")}
     assert (aliases(client), [version.tags for version in versions(client)]) == (before, kept)
-    again = new(client, clone, "after")
-    assert registry.promote(client, again, GOOD, champion(client))
+    assert registry.promote(client, new(client, clone, "after"), GOOD, champion(client))
     assert mlflow.pyfunc.load_model(f"models:/{registry.NAME}@{registry.CHAMPION}")

@@ -44,7 +44,8 @@ def s3(folder: Path) -> Remote:
     server = S3()
     commands = ["remote add -d store s3://popen/store", f"remote modify store endpointurl {server.address}"]
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    return Remote(server, commands, keys | {"AWS_MAX_ATTEMPTS": "1"})  # DVC fails at once, not after its own tries
+    keys |= {"AWS_MAX_ATTEMPTS": "1"}  # DVC fails soon, not after many tries of its own
+    return Remote(server, commands, keys)
 
 
 @pytest.fixture(scope="module", params=[ssh, s3])
@@ -84,7 +85,9 @@ def test_what_one_clone_has_computed_another_restores(
 
 def failed_twice(task: str) -> bool:
     waiting = {"name": {"any_": [task]}, "state": {"type": {"any_": ["SCHEDULED"]}}}
-    answer = httpx.post(f"{PREFECT_API_URL.value()}/task_runs/filter", json={"task_runs": waiting}, timeout=60)
+    answer = httpx.post(
+        f"{PREFECT_API_URL.value()}/task_runs/filter", json={"task_runs": waiting}, timeout=60
+    )
     return any(run["run_count"] >= 2 for run in answer.raise_for_status().json())
 
 
@@ -112,5 +115,16 @@ def test_storage_that_fails_twice_and_then_works(
     thread.join()
     assert state.result() == {"a": "ran"}
     assert min(tasks(state)[direction]["run_count"] for direction in ("pull", "push")) >= 3
+    fetch_anew(root)
+
+    remote.server.lose()  # from any clone that has it, all of it comes back
+    subprocess.run(["dvc", "push", "-q", "--run-cache"], cwd=root, check=True)
+    fetch_anew(root)
+
+
+def fetch_anew(root: Path) -> None:
     shutil.rmtree(root / ".dvc/cache")
-    subprocess.run(["dvc", "pull", "-q"], cwd=root, check=True)  # it is there
+    (root / "a.txt").unlink()
+    subprocess.run(["dvc", "pull", "-q", "--run-cache"], cwd=root, check=True)
+    assert (root / "a.txt").read_text() == "1\n"
+    assert any((root / ".dvc/cache/runs").iterdir())

@@ -1,4 +1,4 @@
-"""Two workers, each run in a clone of its own: `prefect.remote.yaml` as it is, over git, with a shared remote."""
+"""Two workers, each run in a clone of its own: `prefect.remote.yaml` as it is, over git, and one remote."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,17 @@ class Workers:
         self.environment = os.environ | environment | {"PREFECT_API_URL": server}
 
     def prefect(self, folder: Path, *words: str) -> str:
-        done = subprocess.run([*PREFECT, *words], cwd=folder, env=self.environment, capture_output=True, text=True)
+        command = [*PREFECT, *words]
+        done = subprocess.run(command, cwd=folder, env=self.environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def worker(self, folder: Path, machine: str) -> AbstractContextManager[object]:
+        """A worker that takes one run at a time, in a folder of its own."""
+        (folder / machine).mkdir()
+        words = ["worker", "start", "--pool", "popen", "--type", "process", "--limit", "1", "--name", machine]
+        environment = self.environment | {"MACHINE": machine}
+        return running([*PREFECT, *words], folder / machine, folder / f"{machine}.txt", **environment)
 
     def run(self, folder: Path, **parameters: Any) -> str:
         """Start the deployment; the flow run's id."""
@@ -63,15 +71,11 @@ def remote(tmp_path: Path) -> Iterator[Remote]:
 def test_what_one_worker_has_computed_another_restores(
     make: Make, server: str, remote: Remote, tmp_path: Path
 ) -> None:
-    wait = "until test -s {log}/{other}; do sleep .1; done"
-    stages = {
-        name: stage(
-            f"echo $MACHINE >> {tmp_path}/{name}; {wait.format(log=tmp_path, other=other)}; echo 1 > {name}.txt",
-            f"{name}.txt",
-            params=["x"],
-        )
-        for name, other in ("ab", "ba")
-    }
+    cmd = (
+        f"echo $MACHINE >> {tmp_path}/{{0}}; until test -s {tmp_path}/{{1}}; do sleep .1; done; "
+        "echo 1 > {0}.txt"
+    )
+    stages = {one: stage(cmd.format(one, other), f"{one}.txt", params=["x"]) for one, other in ("ab", "ba")}
     origin = sharing(make(stages, x=1), remote)
     for name in ("flows", "popen"):
         shutil.copytree(ROOT / name, origin / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -86,14 +90,8 @@ def test_what_one_worker_has_computed_another_restores(
     workers = Workers(server, remote.environment | records | here)
     workers.prefect(origin, "work-pool", "create", "popen", "--type", "process")
     workers.prefect(origin, "--no-prompt", "deploy", "--prefect-file", "prefect.remote.yaml", "--all")
-    with ExitStack() as stack:
-        for machine in ("one", "two"):
-            folder = tmp_path / machine
-            folder.mkdir()
-            words = [*PREFECT, "worker", "start", "--pool", "popen", "--type", "process", "--limit", "1"]
-            environment = workers.environment | {"MACHINE": machine}
-            stack.enter_context(running([*words, "--name", machine], folder, folder / "log.txt", **environment))
-        both = [workers.run(tmp_path, targets=[name]) for name in "ab"]  # at the same time: each waits for the other
+    with workers.worker(tmp_path, "one"), workers.worker(tmp_path, "two"):
+        both = [workers.run(tmp_path, targets=[name]) for name in "ab"]  # each waits for the other
         until(lambda: all(workers.ended(run) for run in both), 240)
         again = workers.run(tmp_path)
         until(lambda: workers.ended(again), 240)
