@@ -37,11 +37,12 @@ class RetrainError(RuntimeError):
 
 
 @flow(name="retrain", persist_result=False)
-def retrain(force: bool = False, max_age_days: float | None = MONTH) -> str:
+def retrain(force: bool = False, max_age_days: float | None = MONTH, share: bool = False) -> str:
     """Make and judge a new model where the data is not the champion's or the champion is old.
 
     force: also where neither holds, and every stage anew. max_age_days: None for a champion that may grow
     as old as it likes. What has not changed since, DVC does not compute again, whatever the reason.
+    share: as that of `popen_pipeline`.
 
     Returns what became of it (Markdown). Raises RetrainError for data that breaks its contract and while
     another `retrain` is at work in this clone, PipelineError for a stage that failed.
@@ -51,28 +52,28 @@ def retrain(force: bool = False, max_age_days: float | None = MONTH) -> str:
         os.environ.setdefault(key, value)
     with _alone(pipeline.find_home(root)):
         opponent.check_gate(parameters.load(root / "params.yaml"))  # before hours are spent
-        words = _retrain(root, force, max_age_days)
+        words = _retrain(root, force, max_age_days, share)
     create_markdown_artifact(words, key="retrain", description="What became of this run, and why")
     return words
 
 
-def _retrain(root: Path, force: bool, max_age_days: float | None) -> str:
+def _retrain(root: Path, force: bool, max_age_days: float | None, share: bool) -> str:
     update_data(root)
     home = pipeline.find_home(root)
     reason = due(_champion(home), pipeline.data_hash(root), force, max_age_days, time.time())
     if reason is None:
         return "Nothing to do: the data is the champion's, and the champion is young enough."
     get_run_logger().info("A new model is made: %s", reason)
-    validate(root)
-    run_stages(None, force)
+    validate(root, share)
+    run_stages(None, force, share)
     outcome = challenge.challenge(root, home, reason)
     get_run_logger().info(outcome.words)
     return f"{outcome.words}\n\nMade because {reason}."
 
 
-def run_stages(targets: list[str] | None, force: bool) -> None:
+def run_stages(targets: list[str] | None, force: bool, share: bool) -> None:
     """Bring stages up to date. Raises PipelineError."""
-    popen_pipeline(targets=targets, force=force)
+    popen_pipeline(targets=targets, force=force, share=share)
 
 
 @task(
@@ -107,10 +108,10 @@ def due(
     return None
 
 
-def validate(root: Path) -> None:
+def validate(root: Path, share: bool) -> None:
     """Check the new data before anything is trained. Raises RetrainError with the contract's report."""
     try:
-        run_stages(["validate"], False)
+        run_stages(["validate"], False, share)
     except PipelineError:
         words = broken_contract(root)
         if words is None:

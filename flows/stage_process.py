@@ -36,8 +36,8 @@ _COMMAND_FAILED = "failed to run: "
 _REMOTE_FAILED = re.compile(
     r"dependency '\w+://[^']*' does not exist|"
     r"failed to (pull|push|fetch|download|upload|transfer)|unable to connect|could not connect|"
-    r"cannot connect|connection (refused|reset|lost|closed|aborted|error)|timed? ?out|"
-    r"name resolution|network is unreachable|endpoint url|server disconnected|"
+    r"cannot connect|connect call failed|connection (refused|reset|lost|closed|aborted|error)|timed? ?out|"
+    r"name resolution|network is unreachable|no route to host|endpoint url|server disconnected|"
     r"(?<!\d)(429|500|502|503|504)(?!\d)[ ,:]|service unavailable|slow ?down",
     re.IGNORECASE,
 )

@@ -85,6 +85,7 @@ def test_a_failed_stage_raises_with_its_last_lines(make: Make) -> None:
     [
         (["ERROR: failed to reproduce 'data.dvc': dependency 'https://host/data' does not exist"], True),
         (['ERROR: unexpected error - Could not connect to the endpoint URL: "https://b"'], True),
+        (["ERROR: unexpected error - [Errno 111] Connect call failed ('127.0.0.1', 22)"], True),
         (["ERROR: failed to push data to the cloud - 3 files failed to upload"], True),
         (["HTTP 503: try later"], True),
         (["ERROR: failed to reproduce 'a': missing data 'source': b.txt"], False),
