@@ -150,15 +150,15 @@ def test_a_schedule_fires_and_the_slot_is_held(root: Path) -> None:
     """Seconds instead of nights: the second run finds the first at work and is cancelled."""
     deployment = api("deployments/name/retrain/nightly")["id"]
 
-    def states() -> list[str]:
-        runs = api(
-            "flow_runs/filter", deployments={"id": {"any_": [deployment]}}, sort="EXPECTED_START_TIME_ASC"
-        )
-        return [run["state_name"] for run in runs if run["state_name"] not in ("Scheduled", "Late")]
+    def in_state(name: str) -> list[str]:
+        runs = api("flow_runs/filter", deployments={"id": {"any_": [deployment]}})
+        return [run["id"] for run in runs if run["state_name"] == name]
 
     prefect(root, "deployment", "schedule", "create", "retrain/nightly", "--interval", "5")
-    until(lambda: {"Running", "Cancelled"} <= set(states()), patience=120)
+    until(lambda: in_state("Running") and in_state("Cancelled"), patience=120)
+    (first,) = in_state("Running")
     prefect(root, "deployment", "schedule", "clear", "retrain/nightly", "--accept-yes")
+    until(lambda: state(first) == "Completed", patience=120)
 
 
 def messages(run: str) -> set[str]:
