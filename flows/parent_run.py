@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -36,12 +37,17 @@ class ParentRun:
         return {"POPEN_PARENT_RUN": self.id} if self.id else {}
 
     def end(self, status: tracking.Status) -> None:
-        """End the run if there is one. A later pipeline closes it where MLflow is away now."""
-        if self.id:
+        """End the run if there is one. Where MLflow stays away, a later pipeline closes it."""
+        pauses = [] if status == "KILLED" else list(PAUSES)  # who cancels does not wait
+        while self.id:
             try:
                 tracking.end_parent(self._home, self.id, status)
+                break
             except Exception as error:
-                get_run_logger().warning("MLflow is away, its run is not ended: %s", one_line(error))
+                if not pauses:
+                    get_run_logger().warning("MLflow is away, its run is not ended: %s", one_line(error))
+                    break
+            time.sleep(pauses.pop(0))
 
 
 @task(

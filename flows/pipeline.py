@@ -76,27 +76,27 @@ def popen_pipeline(
     work = _Work(root, force, share, stage_timeout, threading.Semaphore(at_once), ParentRun(root))
     status: tracking.Status = "KILLED"
     experiment = f"flow-{str(flow_run.id)[:8]}" if overrides else None
-    with orphans.recorded(root, str(flow_run.id)):
+    orphans.record(root, str(flow_run.id))
+    try:
+        if share:
+            _storage("pull", work)
         try:
-            if share:
-                _storage("pull", work)
-            try:
-                if experiment:
-                    _experiment(experiment, targets or [], overrides or [], work)
-                else:
-                    _stages(targets, work)
-                status = "FINISHED"
-            except Exception:
-                status = "FAILED"
-                raise
-            finally:
-                if share and status != "KILLED":  # what was finished before a failure is worth sharing, too
-                    _storage("push", work)
+            if experiment:
+                _experiment(experiment, targets or [], overrides or [], work)
+            else:
+                _stages(targets, work)
+            status = "FINISHED"
+        except Exception:
+            status = "FAILED"
+            raise
         finally:
-            work.stop.set()  # on every way out, so that no stage survives its flow
-            work.parent.end(status)
-            if status != "KILLED":
-                _publish(work, experiment, status)
+            if share and status != "KILLED":  # what was finished before a failure is worth sharing, too
+                _storage("push", work)
+    finally:
+        work.stop.set()  # on every way out, so that no stage survives its flow
+        work.parent.end(status)
+        if status != "KILLED":
+            _publish(work, experiment, status)
     return {"experiment": experiment} if experiment else {k: str(v) for k, v in work.outcomes.items()}
 
 
