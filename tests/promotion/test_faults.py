@@ -19,7 +19,7 @@ from popen.promotion.registry import aliases, lineage, register, versions
 from tests.promotion.conftest import GIT
 from tests.promotion.test_registry import GOOD, WRITES, champion, made_champion, new
 
-# writes of a whole promotion: 4 copies beside the model, version, challenger; verdict (2); note, 3 aliases, note
+# writes of a promotion: 4 copies beside the model, version, challenger; verdict (2); note, 3 aliases, note
 STEPS = 13
 
 
