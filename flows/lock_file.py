@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import yaml
@@ -16,10 +15,12 @@ def settle(root: Path) -> None:
     What ended since the copy was made, DVC then takes from its run cache. Raises OSError where the disk is
     still too full for it.
     """
-    from dvc.repo import Repo
+    from dvc.lock import make_lock
 
     lock, copy = root / "dvc.lock", state_folder(root) / "dvc.lock"
-    with contextlib.closing(Repo(str(root), _wait_for_lock=True)) as repo, repo.lock:  # nobody writes now
+    held = root / ".dvc/tmp/lock"  # DVC's own: a `Repo`, which has it too, cannot be opened on a full disk
+    held.parent.mkdir(exist_ok=True)
+    with make_lock(str(held), wait=True):
         if not lock.exists():
             return
         if _whole(lock):

@@ -82,6 +82,7 @@ def run_stages(targets: list[str] | None, force: bool) -> None:
 
 @task(
     name="dvc update",
+    task_run_name="dvc update",
     cache_policy=NO_CACHE,
     retries=len(PAUSES),
     retry_delay_seconds=PAUSES,
@@ -158,6 +159,7 @@ def mlflow_away(_task: Any, _run: Any, state: State[Any]) -> bool:
 
 @task(
     name="champion",
+    task_run_name="champion",
     cache_policy=NO_CACHE,
     retries=len(parent_run.PAUSES),
     retry_delay_seconds=parent_run.PAUSES,
@@ -175,6 +177,7 @@ def champion(home: Path) -> ModelVersion | None:
 
 @task(
     name="challenge",
+    task_run_name="challenge",
     cache_policy=NO_CACHE,
     retries=len(parent_run.PAUSES),
     retry_delay_seconds=parent_run.PAUSES,

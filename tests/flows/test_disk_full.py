@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,9 @@ REMEDY = "The disk is full, free space and start the run again"
 
 
 @pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """Projects are made in here: a disk of 16 MB, of which MLflow's database and git take less than half."""
+def tmp_path(tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Projects are made in here: a disk of 16 MB. MLflow's records are on another."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(records, tmp_path)}")
     small = tmp_path / "small"
     small.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(small)]
