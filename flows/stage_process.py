@@ -44,7 +44,7 @@ _REMOTE_FAILED = re.compile(
 )
 
 
-_DISK_FULL = re.compile("No space left on device|Disk quota exceeded|disk full while writing")
+_DISK_FULL = re.compile("No space left on device|Disk quota exceeded|disk is full|disk full while writing")
 
 
 class Outcome(StrEnum):

@@ -19,18 +19,18 @@ FILL = "cat /dev/zero > fill.here 2> /dev/null; true"
 REMEDY = "The disk is full, free space and start the run again"
 
 
-@pytest.fixture
-def tmp_path(tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Projects are made in here: a disk of 16 MB. MLflow's records are on another."""
+@pytest.fixture(autouse=True)
+def small(tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The project lies on a disk of 16 MB of its own, MLflow's records do not."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{shutil.copy(records, tmp_path)}")
-    small = tmp_path / "small"
-    small.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(small)]
+    disk = tmp_path / "project"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"a small disk needs the right to mount one: {done.stderr.strip()}")
-    yield small
-    subprocess.run(["umount", "--lazy", str(small)], check=True)
+    yield
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_a_stage_that_fills_the_disk_fails_with_the_remedy(make: Make, start: Start) -> None:
@@ -44,7 +44,8 @@ def test_a_stage_that_fills_the_disk_fails_with_the_remedy(make: Make, start: St
     assert "b failed with code 255: the disk is full, free space and" in failure["state"]["message"]
     assert failure["run_count"] == 1
     assert set(lock(root)["stages"]) == {"a"}
-    (root / "params.yaml").write_text("x: 10\n")  # it takes less now
+    (root / "b.txt").unlink()  # what it left half written
+    (root / "params.yaml").write_text("x: 10\n")
     assert start(root).result() == {"a": "cached", "b": "ran"}
     assert status(root) == {}
 
