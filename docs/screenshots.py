@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -45,9 +46,15 @@ def systems(root: Path) -> tuple[str, list[str]]:
 
 
 def shoot_prefect(page: Browser, address: str) -> None:
-    """The run's graph of tasks above its log."""
+    """The graph of stages above the list of what became of them."""
     page.open(f"{address}/runs/flow-run/{newest_run(address)}", 1500, 1000)
-    page.see("Artifacts")
+    page.click("(//*[normalize-space(.)='Task Runs'])[last()]")
+    options = "//button[@aria-label='Run Graph Options']"
+    page.click(options)
+    page.click("//label[normalize-space(.)='Dependency grid']")
+    page.click(options)
+    page.click("//button[@title='Recenter graph (c)']")
+    time.sleep(10)  # nothing on the page tells when its canvas is drawn
     page.shoot(HERE / "prefect.png")
 
 

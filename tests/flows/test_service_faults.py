@@ -19,7 +19,8 @@ from tests.flows.up import (
     prefect,
     processes,
     root,
-    run_on_demand,
+    slots,
+    start,
     state,
     until,
     write_stage,
@@ -43,7 +44,7 @@ def _environment(root: Path) -> Iterator[None]:
 def held_run(root: Path, result: int) -> str:
     """A run of the deployment whose stage is at work until hold.here is gone."""
     write_stage(root, HELD.format(result))
-    run = run_on_demand(root)
+    run = start(root)
     until((root / "begun.here").exists)
     return run
 
@@ -66,7 +67,7 @@ def renewed(lease: str) -> int:
 
 def test_runs_go_on_when_the_server_is_killed_and_started_again(root: Path) -> None:
     run = held_run(root, 1)
-    nightly = prefect(root, "deployment", "run", "retrain/nightly").split("UUID: ")[1].split()[0]
+    nightly = start(root, "retrain/nightly")
     until(lambda: state(nightly) == "Running")
     slot = api(f"flow_runs/{nightly}")["state"]["state_details"]["deployment_concurrency_lease_id"]
     before = processes(root)
@@ -81,8 +82,8 @@ def test_runs_go_on_when_the_server_is_killed_and_started_again(root: Path) -> N
     (root / "hold.here").unlink()
     until(lambda: (state(run), state(nightly)) == ("Completed", "Completed"))
     assert status(root) == {}
-    until(lambda: api("deployments/name/retrain/nightly")["global_concurrency_limit"]["active_slots"] == 0)
-    later = run_on_demand(root)  # the worker has found the server again
+    until(lambda: slots() == 0)
+    later = start(root)  # the worker has found the server again
     until(lambda: state(later) == "Completed")
 
 
@@ -113,18 +114,22 @@ def test_a_run_outlives_its_worker(root: Path) -> None:
     (root / "hold.here").unlink()
     until(lambda: state(run) == "Completed")
     assert status(root) == {}
-    later = run_on_demand(root)
+    later = start(root)
     until(lambda: state(later) == "Completed")
 
 
 def test_a_run_that_died_with_its_worker_is_closed_at_the_next_start(root: Path) -> None:
-    run = held_run(root, 4)
+    run, nightly = held_run(root, 4), start(root, "retrain/nightly")
+    until(lambda: (root / f".popen/flow-{nightly}").exists())
     kill(*family(processes(root)["worker"]))
-    assert state(run) == "Running"
-    assert f"flow run {run} was left by a dead worker" in make(root, "up")
-    assert state(run) == "Crashed"
+    assert (state(run), state(nightly), slots()) == ("Running", "Running", 1)
+    said = make(root, "up")
+    for one in (run, nightly):
+        assert f"flow run {one} was left by a dead worker" in said
+        assert state(one) == "Crashed"
+    assert slots() == 0  # or the next nights would find the slot taken
     (root / "hold.here").unlink()
-    after = run_on_demand(root)
+    after = start(root)
     until(lambda: state(after) == "Completed")
     assert status(root) == {}
 
@@ -136,7 +141,7 @@ def test_a_run_that_a_dead_worker_had_only_taken_is_closed_too(root: Path) -> No
     )
     (root / "flows/__init__.py").write_text(waits)
     (root / "late.here").touch()  # its process begins and comes no further than its first import
-    run, cancelled = run_on_demand(root), run_on_demand(root)
+    run, cancelled = start(root), start(root)
     worker = processes(root)["worker"]
     until(lambda: {api(f"flow_runs/{one}")["state_type"] for one in (run, cancelled)} == {"PENDING"})
     kill(*family(worker))

@@ -20,7 +20,7 @@ from tests.flows.up import (
     prefect,
     processes,
     root,
-    run_on_demand,
+    start,
     state,
     until,
     write_stage,
@@ -82,7 +82,7 @@ def test_a_schedule_fires_and_the_slot_is_held(root: Path) -> None:
 
 
 def test_a_deployment_runs_as_the_readme_says(root: Path) -> None:
-    run = run_on_demand(root)
+    run = start(root)
     until(lambda: state(run) == "Completed")
     assert status(root) == {}
     # the lines come in batches, the last of them after the state
@@ -91,7 +91,7 @@ def test_a_deployment_runs_as_the_readme_says(root: Path) -> None:
 
 def test_a_cancelled_run_leaves_no_process(root: Path) -> None:
     write_stage(root, "touch begun.here; sleep 7775; echo 1 > a.txt")
-    run = run_on_demand(root)
+    run = start(root)
     until((root / "begun.here").exists)
     prefect(root, "flow-run", "cancel", run)
     until(lambda: state(run) == "Cancelled")

@@ -24,9 +24,12 @@ RETRAINING = """
 import time
 from pathlib import Path
 from prefect import flow
+from prefect.runtime import flow_run
+from flows import orphans
 
 @flow
 def retrain() -> None:
+    orphans.record(Path.cwd(), str(flow_run.id))
     while Path("hold.here").exists():
         time.sleep(0.1)
 """
@@ -108,9 +111,14 @@ def prefect(root: Path, *words: str) -> str:
     return done.stdout
 
 
-def run_on_demand(root: Path) -> str:
-    """Start the deployment as the README says; the flow run's id."""
-    return prefect(root, "deployment", "run", "pipeline/on-demand").split("UUID: ")[1].split()[0]
+def start(root: Path, deployment: str = "pipeline/on-demand") -> str:
+    """Start a deployment as the README says; the flow run's id."""
+    return prefect(root, "deployment", "run", deployment).split("UUID: ")[1].split()[0]
+
+
+def slots() -> int:
+    """How many runs of `retrain` the server counts."""
+    return int(api("deployments/name/retrain/nightly")["global_concurrency_limit"]["active_slots"])
 
 
 def state(run: str) -> str:
