@@ -49,11 +49,6 @@ def shoot_prefect(page: Browser, address: str) -> None:
     """The graph of stages above the list of what became of them."""
     page.open(f"{address}/runs/flow-run/{newest_run(address)}", 1500, 1000)
     page.click("(//*[normalize-space(.)='Task Runs'])[last()]")
-    options = "//button[@aria-label='Run Graph Options']"
-    page.click(options)
-    page.click("//label[normalize-space(.)='Dependency grid']")
-    page.click(options)
-    page.click("//button[@title='Recenter graph (c)']")
     time.sleep(10)  # nothing on the page tells when its canvas is drawn
     page.shoot(HERE / "prefect.png")
 
