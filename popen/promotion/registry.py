@@ -175,7 +175,7 @@ def register(client: MlflowClient, root: Path, facts: Lineage, card: str) -> Mod
     for double in doubles:
         _delete(client, double)
     if str(found.version) not in (aliases(client).get(CHAMPION), aliases(client).get(PREVIOUS)):
-        client.set_registered_model_alias(NAME, CHALLENGER, found.version)
+        _point(client, CHALLENGER, str(found.version))
     return client.get_model_version(NAME, found.version)
 
 
@@ -227,9 +227,9 @@ def finish(client: MlflowClient) -> None:
     if not found or _MOVE not in found[0].tags:
         return
     to = json.loads(found[0].tags[_MOVE])
-    client.set_registered_model_alias(NAME, CHAMPION, to[CHAMPION])
+    _point(client, CHAMPION, to[CHAMPION])
     if to[PREVIOUS] is not None:
-        client.set_registered_model_alias(NAME, PREVIOUS, to[PREVIOUS])
+        _point(client, PREVIOUS, to[PREVIOUS])
     if to.get(ROLLED_BACK):
         client.set_model_version_tag(NAME, to[ROLLED_BACK], ROLLED_BACK, _now())
     if ROLLED_BACK in client.get_model_version(NAME, to[CHAMPION]).tags:
@@ -237,6 +237,16 @@ def finish(client: MlflowClient) -> None:
     if aliases(client).get(CHALLENGER) == to[CHAMPION]:
         client.delete_registered_model_alias(NAME, CHALLENGER)
     client.delete_registered_model_tag(NAME, _MOVE)
+
+
+def _point(client: MlflowClient, alias: str, number: str) -> None:
+    """Set an alias. MLflow fails where two clones make the same one at once; then it is there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_registered_model_alias(NAME, alias, number)
+    except MlflowException:
+        client.set_registered_model_alias(NAME, alias, number)
 
 
 def _create_model(client: MlflowClient) -> None:
