@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
 from urllib.parse import quote
 
 import httpx
+from browser import Browser, browser
 from mlflow.tracking import MlflowClient
 
 from popen.pipeline import find_root
@@ -23,28 +22,6 @@ from popen.tracking import EXPERIMENT, tracking_uri
 
 HERE = Path(__file__).resolve().parent
 BENCHMARK = "muse_test_less"
-QUIET = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--hide-scrollbars",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1500,1000",
-    "--virtual-time-budget=30000",
-]
-
-
-def shoot(address: str, path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        sys.exit("error: no Chromium on the PATH; install it (Debian: apt install chromium)")
-    with tempfile.TemporaryDirectory() as profile:
-        words = [browser, *QUIET, f"--user-data-dir={profile}", f"--screenshot={path}", address]
-        subprocess.run(words, check=True, capture_output=True, timeout=180)
-    print(f"{path}: {address}")
 
 
 def newest_run(prefect: str) -> str:
@@ -68,14 +45,30 @@ def systems(root: Path) -> tuple[str, list[str]]:
     return experiment.experiment_id, list(newest.values())
 
 
-def main() -> None:
-    root = find_root(HERE)
-    prefect = f"http://127.0.0.1:{os.environ.get('PREFECT_SERVER_API_PORT', 4200)}"
-    mlflow = f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT', 5000)}"
-    shoot(f"{prefect}/runs/flow-run/{newest_run(prefect)}", HERE / "prefect.png")
-    experiment, runs = systems(root)
+def shoot_prefect(page: Browser, address: str) -> None:
+    """The graph of stages above the list of what became of them."""
+    page.open(f"{address}/runs/flow-run/{newest_run(address)}", 1500, 1000)
+    page.click("(//*[normalize-space(.)='Task Runs'])[last()]")
+    time.sleep(10)  # nothing on the page tells when its canvas is drawn
+    page.shoot(HERE / "prefect.png")
+
+
+def shoot_mlflow(page: Browser, address: str) -> None:
+    """The comparison opens on a plot of one metric; below it is the table that says more."""
+    experiment, runs = systems(find_root(HERE))
     asked = f"runs={quote(json.dumps(runs))}&experiments={quote(json.dumps([experiment]))}"
-    shoot(f"{mlflow}/#/compare-runs?{asked}", HERE / "mlflow.png")
+    page.open(f"{address}/#/compare-runs?{asked}", 1500, 1040)
+    page.see("gIoU_matched")
+    page.click("//button[@aria-label='Close']")
+    for part in ("Visualizations", "Parameters", "Artifacts"):
+        page.click(f"//div[@role='button'][.='{part}']")
+    page.shoot(HERE / "mlflow.png")
+
+
+def main() -> None:
+    with browser() as page:
+        shoot_prefect(page, f"http://127.0.0.1:{os.environ.get('PREFECT_SERVER_API_PORT', 4200)}")
+        shoot_mlflow(page, f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT', 5000)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python -m flows.pipeline [TARGET ...] [-S key=value ...] [--force]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import threading
 from dataclasses import dataclass, field
@@ -19,10 +20,10 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, State
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from flows import orphans, run_page
+from flows import lock_file, orphans, run_page
 from flows.dvc_graph import Stage, read
 from flows.parent_run import ParentRun
-from flows.stage_process import Outcome, StageError, reproduce, run_dvc
+from flows.stage_process import FREE_SPACE, Outcome, StageError, reproduce, run_dvc
 from popen import tracking
 from popen.errors import one_line
 from popen.pipeline import find_root
@@ -76,27 +77,27 @@ def popen_pipeline(
     work = _Work(root, force, share, stage_timeout, threading.Semaphore(at_once), ParentRun(root))
     status: tracking.Status = "KILLED"
     experiment = f"flow-{str(flow_run.id)[:8]}" if overrides else None
-    with orphans.recorded(root, str(flow_run.id)):
+    orphans.record(root, str(flow_run.id))
+    try:
+        if share:
+            _storage("pull", work)
         try:
-            if share:
-                _storage("pull", work)
-            try:
-                if experiment:
-                    _experiment(experiment, targets or [], overrides or [], work)
-                else:
-                    _stages(targets, work)
-                status = "FINISHED"
-            except Exception:
-                status = "FAILED"
-                raise
-            finally:
-                if share and status != "KILLED":  # what was finished before a failure is worth sharing, too
-                    _storage("push", work)
+            if experiment:
+                _experiment(experiment, targets or [], overrides or [], work)
+            else:
+                _stages(targets, work)
+            status = "FINISHED"
+        except Exception:
+            status = "FAILED"
+            raise
         finally:
-            work.stop.set()  # on every way out, so that no stage survives its flow
-            work.parent.end(status)
-            if status != "KILLED":
-                _publish(work, experiment, status)
+            if share and status != "KILLED":  # what was finished before a failure is worth sharing, too
+                _storage("push", work)
+    finally:
+        work.stop.set()  # on every way out, so that no stage survives its flow
+        work.parent.end(status)
+        if status != "KILLED":
+            _publish(work, experiment, status)
     return {"experiment": experiment} if experiment else {k: str(v) for k, v in work.outcomes.items()}
 
 
@@ -111,6 +112,7 @@ def _publish(work: _Work, experiment: str | None, status: tracking.Status) -> No
 
 
 def _stages(targets: list[str] | None, work: _Work) -> None:
+    lock_file.settle(work.root)
     futures: dict[str, PrefectFuture[Any]] = {}
     for stage in read(work.root, targets):
         needed = [futures[name] for name in stage.needs]
@@ -121,7 +123,14 @@ def _stages(targets: list[str] | None, work: _Work) -> None:
         failed = [name for name, state in bad.items() if state.is_failed() or state.is_crashed()]
         skipped = [name for name in bad if name not in failed]
         after = f"; not run, because they need them: {', '.join(skipped)}" if skipped else ""
-        raise PipelineError(f"failed: {', '.join(failed)}{after}. The log of each task has its last lines")
+        full = ""
+        if any(getattr(bad[name].result(raise_on_failure=False), "full", False) for name in failed):
+            full = f". {FREE_SPACE.capitalize()}"
+            with contextlib.suppress(OSError):  # the next run does it, where there is no room now
+                lock_file.settle(work.root)
+        raise PipelineError(
+            f"failed: {', '.join(failed)}{after}{full}. The log of each task has its last lines"
+        )
 
 
 def _stage_task(stage: Stage, work: _Work) -> Any:

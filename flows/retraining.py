@@ -13,17 +13,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import filelock
 from mlflow.entities.model_registry import ModelVersion
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+from prefect.states import State
 
+from flows import orphans, parent_run
 from flows.pipeline import PAUSES, PipelineError, popen_pipeline, remote_failed
 from flows.stage_process import run_dvc
 from popen import params as parameters
-from popen import pipeline
+from popen import pipeline, tracking
 from popen.promotion import challenge, opponent, registry
 from popen.stages.run import QUIET
 
@@ -50,6 +54,7 @@ def retrain(force: bool = False, max_age_days: float | None = MONTH, share: bool
     root = pipeline.find_root(Path.cwd())
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
+    orphans.record(root, str(flow_run.id))
     with _alone(pipeline.find_home(root)):
         opponent.check_gate(parameters.load(root / "params.yaml"))  # before hours are spent
         words = _retrain(root, force, max_age_days, share)
@@ -60,13 +65,13 @@ def retrain(force: bool = False, max_age_days: float | None = MONTH, share: bool
 def _retrain(root: Path, force: bool, max_age_days: float | None, share: bool) -> str:
     update_data(root)
     home = pipeline.find_home(root)
-    reason = due(_champion(home), pipeline.data_hash(root), force, max_age_days, time.time())
+    reason = due(champion(home), pipeline.data_hash(root), force, max_age_days, time.time())
     if reason is None:
         return "Nothing to do: the data is the champion's, and the champion is young enough."
     get_run_logger().info("A new model is made: %s", reason)
     validate(root, share)
     run_stages(None, force, share)
-    outcome = challenge.challenge(root, home, reason)
+    outcome = judge(root, home, reason)
     get_run_logger().info(outcome.words)
     return f"{outcome.words}\n\nMade because {reason}."
 
@@ -78,6 +83,7 @@ def run_stages(targets: list[str] | None, force: bool, share: bool) -> None:
 
 @task(
     name="dvc update",
+    task_run_name="dvc update",
     cache_policy=NO_CACHE,
     retries=len(PAUSES),
     retry_delay_seconds=PAUSES,
@@ -141,13 +147,46 @@ def broken_contract(root: Path) -> str | None:
     return "\n".join([lead, "", *(f"- {rule}" for rule in [*rules[:SHOWN], *more])])
 
 
-def _champion(home: Path) -> ModelVersion | None:
+def mlflow_away(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Whether a retry can help: MLflow did not answer."""
+    try:
+        state.result()
+    except registry.AwayError:
+        return True
+    except Exception as error:
+        return tracking.is_away(error)
+    return False
+
+
+@task(
+    name="champion",
+    task_run_name="champion",
+    cache_policy=NO_CACHE,
+    retries=len(parent_run.PAUSES),
+    retry_delay_seconds=parent_run.PAUSES,
+    retry_condition_fn=mlflow_away,
+)
+def champion(home: Path) -> ModelVersion | None:
+    """Who serves now."""
     try:
         client = registry.connect(home)
     except registry.NoRegistryError:
         return None
     registry.finish(client)  # a promotion that was killed between its steps
     return registry.version(client, registry.CHAMPION)
+
+
+@task(
+    name="challenge",
+    task_run_name="challenge",
+    cache_policy=NO_CACHE,
+    retries=len(parent_run.PAUSES),
+    retry_delay_seconds=parent_run.PAUSES,
+    retry_condition_fn=mlflow_away,
+)
+def judge(root: Path, home: Path, reason: str) -> challenge.Outcome:
+    """Register the results and promote them if they are better; whatever was done before is found again."""
+    return challenge.challenge(root, home, reason)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from popen.pipeline import find_root, is_gone, process_name, state_folder
 from popen.tracking import tracking_uri
 
 POOL = "popen"
+WORKER = "popen"
 PATIENCE = 120.0  # seconds in which a service must answer
 GRACE = 40.0  # seconds that a service has to end; a worker waits for its flows, they for their stages
 _SETTINGS = "# written by `make up`, removed by `make down`\n"
@@ -67,7 +68,10 @@ def up(root: Path) -> dict[str, str]:
         _wait(root, server, lambda: httpx.get(f"{address}/api/health").is_success)
         _write_settings(root, address)
         os.environ["PREFECT_API_URL"] = f"{address}/api"
-        for run in orphans.close(root):
+        left = orphans.close(root)
+        if worker in missing:
+            left += orphans.close_taken(root, POOL, WORKER)
+        for run in left:
             print(f"flow run {run} was left by a dead worker: closed as crashed", flush=True)
         if worker in missing:
             if httpx.get(f"{address}/api/work_pools/{POOL}").status_code == 404:
@@ -113,13 +117,24 @@ def services(root: Path) -> tuple[Service, Service, Service]:
             "PREFECT_API_DATABASE_CONNECTION_URL": env.get(
                 "PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{root / 'prefect.db'}"
             ),
+            # who holds a slot of a limit is kept in files of this clone: what is kept in memory (the default)
+            # a restart forgets, and the run that holds the slot is stopped minutes later
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+            "PREFECT_HOME": str(state_folder(root) / "prefect"),
         },
     )
-    words = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "popen"]
+    words = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", WORKER]
     worker = Service("worker", [*words, "--install-policy", "never"])
     host, port = env.get("MLFLOW_HOST", "127.0.0.1"), int(env.get("MLFLOW_PORT", 5000))
     words = ["mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
-    pages = Service("pages", [*words, "--backend-store-uri", tracking_uri(root)], host, port, "MLFLOW_PORT")
+    pages = Service(
+        "pages",
+        [*words, "--backend-store-uri", tracking_uri(root)],
+        host,
+        port,
+        "MLFLOW_PORT",
+        {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # seven processes for features that we do not use
+    )
     return server, worker, pages
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 
 GRACE = 20.0  # seconds from SIGTERM to SIGKILL: a stage ends its MLflow run in that time
+FREE_SPACE = "the disk is full, free space and start the run again"
 _TAIL = 20  # lines that an error holds
 _PROGRESS_EVERY = 10.0  # seconds between two states of one progress bar
 _POLL = 0.2  # seconds in which a stop is noticed
@@ -43,6 +44,9 @@ _REMOTE_FAILED = re.compile(
 )
 
 
+_DISK_FULL = re.compile("No space left on device|Disk quota exceeded|disk is full|disk full while writing")
+
+
 class Outcome(StrEnum):
     """What `dvc repro` did with a stage."""
 
@@ -52,13 +56,17 @@ class Outcome(StrEnum):
 
 
 class StageError(RuntimeError):
-    """A `dvc` command failed. `retry` says whether the fault lay with remote storage, which may come back."""
+    """A `dvc` command failed. `retry` says whether the fault lay with remote storage, which may come back;
+    `full`, whether the disk was full."""
 
     def __init__(self, what: str, code: int, lines: list[str]) -> None:
         reason = f"was killed by signal {-code}" if code < 0 else f"failed with code {code}"
-        super().__init__("\n".join([f"{what} {reason}; its last lines:", *lines]))
         text = "\n".join(lines)
-        self.retry = code > 0 and _COMMAND_FAILED not in text and bool(_REMOTE_FAILED.search(text))
+        self.full = bool(_DISK_FULL.search(text))
+        remedy = f": {FREE_SPACE}" if self.full else ""
+        super().__init__(f"{what} {reason}{remedy}; its last lines:\n{text}")
+        remote = _COMMAND_FAILED not in text and bool(_REMOTE_FAILED.search(text))
+        self.retry = code > 0 and remote and not self.full
 
 
 class StageTimeout(RuntimeError):

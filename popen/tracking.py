@@ -35,7 +35,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 _BATCH = 900  # metrics a request (MLflow takes 1000 entities)
 _BATCH_PARAMS = 90  # parameters or tags a request (MLflow takes 100)
 _EVERY = 10.0  # seconds between two sends of buffered metrics
-_LAST_TRIES = (1.0, 2.0, 4.0, 8.0)  # pauses before the tries at the end of a stage, seconds
+_LAST_TRIES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # pauses before the tries at the end of a stage, seconds
 _PATIENCE = 60.0  # seconds after which the end of a stage tries no more
 _LONGEST_PAUSE = 600.0
 
@@ -235,6 +235,17 @@ def end_parent(home: Path, run_id: str, status: Status) -> None:
     """End the run that `start_parent` made. Raises as that does."""
     with _connected(home, tracking_uri(home)) as (client, _):
         client.set_terminated(run_id, status)
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether an error of MLflow's means that its server or database does not answer, so that a later try
+    may help."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if isinstance(error, MlflowException):
+        return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+    return isinstance(error, OSError | SQLAlchemyError)
 
 
 def runs_below(home: Path, parent: str) -> list[Run]:

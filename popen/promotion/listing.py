@@ -35,8 +35,13 @@ def table(client: MlflowClient) -> str:
 def _line(version: ModelVersion, aliases: list[str]) -> tuple[str, ...]:
     tags = version.tags
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(version.creation_timestamp / 1000))
-    hashes = [tags.get(name, "-")[:_SHORT] for name in ("git.commit", "data", registry.LOCK)]
+    hashes = [_short(tags.get(name, "-")) for name in ("git.commit", "data", registry.LOCK)]
     return (str(version.version), ",".join(aliases) or "-", made, *hashes, *_gate(tags))
+
+
+def _short(digest: str) -> str:
+    digits, dash, dirty = digest.partition("-dirty")
+    return f"{digits[:_SHORT]}{dash}{dirty}"
 
 
 def _gate(tags: dict[str, str]) -> tuple[str, str]:

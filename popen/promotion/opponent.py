@@ -11,7 +11,6 @@ from pandas import DataFrame
 from popen.evaluation.answering import answers, prediction
 from popen.evaluation.benchmark import rows
 from popen.evaluation.prediction import read_predictions
-from popen.model.segmenter import Segmenter
 from popen.params import Params
 from popen.predict import load_ensemble
 from popen.promotion.gate import GateError
@@ -54,8 +53,7 @@ def champion_rows(bundle: Path, root: Path, params: Params, asked: Sequence[Samp
     longest = params.evaluate.model_copy(update={"max_new_tokens": settings.max_new_tokens})
     here = params.model_copy(update={"data": data, "evaluate": longest})
     if params.gate.system == "popen":
-        model = Segmenter.load(bundle / "model")
-        found = answers(model, Path(data.root), asked, longest, data.max_pixels, "champion")
+        found = answers(ensemble.model, Path(data.root), asked, longest, data.max_pixels, "champion")
     else:
         found = ensemble_answers(ensemble, here, asked, settings.ensemble.members, "champion")
     said = [prediction(sample, answer, settings.threshold, seconds) for sample, answer, seconds in found]

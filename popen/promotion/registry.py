@@ -9,6 +9,7 @@ is one request, the old one serves.
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 LOCK, GATE, ROLLED_BACK = "dvc.lock", "gate", "rolled_back"  # tags of a version
 BUNDLE = Path("artifacts/models/popen+ensemble")
 LINEAGE_FILES = ("dvc.lock", "data.dvc", "params.yaml")  # copied beside the model
+_WRITTEN = ("dvc.lock", "data.dvc", "metrics")  # tracked files that a run changes
 _MOVE = "move"  # tag of the registered model: aliases that are on their way
 _DESCRIPTION = 5000  # characters that MLflow's database takes
 
@@ -44,11 +46,15 @@ class NoRegistryError(RegistryError):
     """Nothing was ever recorded here."""
 
 
+class AwayError(RegistryError):
+    """MLflow does not answer now."""
+
+
 @dataclass(frozen=True)
 class Lineage:
     """Where a model comes from and what it measured."""
 
-    commit: str
+    commit: str  # with "-dirty" where the tree was not that of the commit
     lock: str  # MD5 of dvc.lock
     data: str  # DVC's hash of data/
     bundle: str  # digest of the bundle's files
@@ -70,7 +76,7 @@ def lineage(root: Path) -> Lineage:
     """The lineage of the results that lie in the clone `root`. Raises RegistryError for what is missing."""
     summary = root / "metrics/summary.json"
     known = {
-        "a git commit": pipeline.git_commit(root),
+        "a git commit": _commit(root),
         "dvc.lock": pipeline.lock_digest(root),
         "the hash of data/": pipeline.data_hash(root),
         f"{BUNDLE}": digest(root / BUNDLE) if (root / BUNDLE).is_dir() else None,
@@ -86,8 +92,8 @@ def lineage(root: Path) -> Lineage:
 
 
 def connect(home: Path) -> MlflowClient:
-    """A client of the clone's registry. Raises NoRegistryError where there is none, RegistryError where it
-    does not answer."""
+    """A client of the clone's registry. Raises NoRegistryError where there is none, AwayError where it does
+    not answer."""
     uri = tracking_uri(home)
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not path.is_file():
@@ -102,7 +108,7 @@ def connect(home: Path) -> MlflowClient:
     try:
         client.search_registered_models(max_results=1)
     except (OSError, MlflowException, SQLAlchemyError) as error:
-        raise RegistryError(
+        raise AwayError(
             f"MLflow at {uri} cannot be reached ({one_line(error)}); start it, or set MLFLOW_TRACKING_URI"
         ) from None
     return client
@@ -145,11 +151,9 @@ def register(client: MlflowClient, root: Path, facts: Lineage, card: str) -> Mod
     `card` is Markdown; it lies beside the model as MODEL_CARD.md, with the files that the lineage names.
     Raises RegistryError when the bundle was never recorded.
     """
-    if not client.search_registered_models(f"name = '{NAME}'"):
-        client.create_registered_model(NAME, description="POPEN: words and masks for questions about images")
+    _create_model(client)
     finish(client)
-    found = next((one for one in versions(client) if one.tags.get(LOCK) == facts.lock), None)
-    if found is None:
+    if not _of_lock(client, facts.lock):
         model = recorded(client, facts.bundle)
         if model is None:
             raise RegistryError(
@@ -158,7 +162,7 @@ def register(client: MlflowClient, root: Path, facts: Lineage, card: str) -> Mod
         client.log_model_artifact(model.model_id, str(_written(root / "artifacts/MODEL_CARD.md", card)))
         for name in LINEAGE_FILES:
             client.log_model_artifact(model.model_id, str(root / name), "lineage")
-        found = client.create_model_version(
+        client.create_model_version(
             NAME,
             model.artifact_location,
             model.source_run_id,
@@ -166,8 +170,12 @@ def register(client: MlflowClient, root: Path, facts: Lineage, card: str) -> Mod
             description="Not judged yet. The model card lies beside the model: MODEL_CARD.md",
             model_id=model.model_id,
         )
+    # Another clone may have made one meanwhile: all that did keep the first, whose number they all see.
+    found, *doubles = _of_lock(client, facts.lock)
+    for double in doubles:
+        _delete(client, double)
     if str(found.version) not in (aliases(client).get(CHAMPION), aliases(client).get(PREVIOUS)):
-        client.set_registered_model_alias(NAME, CHALLENGER, found.version)
+        _point(client, CHALLENGER, str(found.version))
     return client.get_model_version(NAME, found.version)
 
 
@@ -219,9 +227,9 @@ def finish(client: MlflowClient) -> None:
     if not found or _MOVE not in found[0].tags:
         return
     to = json.loads(found[0].tags[_MOVE])
-    client.set_registered_model_alias(NAME, CHAMPION, to[CHAMPION])
+    _point(client, CHAMPION, to[CHAMPION])
     if to[PREVIOUS] is not None:
-        client.set_registered_model_alias(NAME, PREVIOUS, to[PREVIOUS])
+        _point(client, PREVIOUS, to[PREVIOUS])
     if to.get(ROLLED_BACK):
         client.set_model_version_tag(NAME, to[ROLLED_BACK], ROLLED_BACK, _now())
     if ROLLED_BACK in client.get_model_version(NAME, to[CHAMPION]).tags:
@@ -229,6 +237,54 @@ def finish(client: MlflowClient) -> None:
     if aliases(client).get(CHALLENGER) == to[CHAMPION]:
         client.delete_registered_model_alias(NAME, CHALLENGER)
     client.delete_registered_model_tag(NAME, _MOVE)
+
+
+def _point(client: MlflowClient, alias: str, number: str) -> None:
+    """Set an alias. MLflow fails where two clones make the same one at once; then it is there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.set_registered_model_alias(NAME, alias, number)
+    except MlflowException:
+        client.set_registered_model_alias(NAME, alias, number)
+
+
+def _create_model(client: MlflowClient) -> None:
+    from mlflow.exceptions import MlflowException
+
+    if client.search_registered_models(f"name = '{NAME}'"):
+        return
+    try:
+        client.create_registered_model(NAME, description="POPEN: words and masks for questions about images")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another clone was faster
+            raise
+
+
+def _of_lock(client: MlflowClient, lock: str) -> list[ModelVersion]:
+    """The versions of this `dvc.lock`, the first one first."""
+    return [one for one in versions(client) if one.tags.get(LOCK) == lock]
+
+
+def _delete(client: MlflowClient, version: ModelVersion) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.delete_model_version(NAME, version.version)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another clone was faster
+            raise
+
+
+def _commit(root: Path) -> str | None:
+    """The commit that is checked out, with "-dirty" (as `git describe --dirty` says) where tracked files
+    are not as in it. What a run itself writes does not count: other tags and the files beside the model
+    say that."""
+    commit = pipeline.git_commit(root)
+    words = ["git", "diff", "--quiet", "HEAD", "--", ".", *(f":!{name}" for name in _WRITTEN)]
+    if commit is None or subprocess.run(words, cwd=root).returncode == 0:
+        return commit
+    return f"{commit}-dirty"
 
 
 def _written(path: Path, text: str) -> Path:

@@ -26,7 +26,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL
 
 from flows import pipeline
-from flows.pipeline import popen_pipeline
+from flows.pipeline import popen_pipeline, remote_failed
 from tests.flows.conftest import Make, commit, import_data, lock, stage, status
 from tests.pipeline.test_pipeline import make_clone, repro
 
@@ -147,19 +147,18 @@ def test_a_failed_stage_fails_the_flow_and_not_its_neighbours(make: Make, start:
     assert (root / "tries.here").read_text() == "1\n"  # no second try
     assert [run.info.status for run in mlflow_runs(root)] == ["FAILED"]
     assert set(artifacts(state)) == {"mlflow"}  # no results: those that lie there are not of this run
-    assert not list((root / ".popen").glob("flow-*"))
 
 
 def test_the_storage_of_the_data_may_come_back(
     make: Make, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Storage(BaseHTTPRequestHandler):
-        away_until = 0.0
+        away, version = False, 1
 
         def do_GET(self) -> None:
-            ok = time.monotonic() > Storage.away_until
+            ok = not Storage.away
             self.send_response(200 if ok else 503)
-            self.send_header("ETag", '"1"' if not Storage.away_until else '"2"')
+            self.send_header("ETag", f'"{Storage.version}"')
             self.send_header("Content-Length", "1" if ok else "0")
             self.end_headers()
             if ok and self.command == "GET":
@@ -174,12 +173,21 @@ def test_the_storage_of_the_data_may_come_back(
         threading.Thread(target=storage.serve_forever, daemon=True).start()
         root = make({"a": stage("cp data a.txt", "a.txt", "data")})
         import_data(root, f"http://127.0.0.1:{storage.server_port}/data")
-        monkeypatch.setattr(pipeline, "PAUSES", [1.0, 2.0, 4.0, 8.0])
-        Storage.away_until = time.monotonic() + 5
+        monkeypatch.setattr(pipeline, "PAUSES", [0.1, 0.2, 0.4])
+        failures: list[bool] = []
+
+        def failed(*words: Any) -> bool:
+            failures.append(remote_failed(*words))
+            Storage.away = len(failures) < 2
+            return failures[-1]
+
+        monkeypatch.setattr(pipeline, "remote_failed", failed)
+        Storage.away, Storage.version = True, 2
         state = start(root)
         storage.shutdown()
     assert state.result() == {"data.dvc": "ran", "a": "ran"}
-    assert tasks(state)["data.dvc"]["run_count"] > 1
+    assert failures == [True, True]
+    assert tasks(state)["data.dvc"]["run_count"] == 3
     assert tasks(state)["a"]["run_count"] == 1
 
 
@@ -292,17 +300,17 @@ def test_a_killed_flow_leaves_no_dvc_behind(make: Make, server: str, number: sig
     for child in children:  # a stage of shell words knows nothing of its parent's death; ours do
         if child.is_running():
             child.kill()
-    left = list((root / ".popen").glob("flow-*"))
-    assert len(left) == (number == signal.SIGKILL)
-    if number == signal.SIGTERM:
-        assert [run.info.status for run in mlflow_runs(root)] == ["KILLED"]
-        return
-    with get_client(sync_client=True) as client:  # the run is still RUNNING; the next one closes it
-        dead = UUID(left[0].name.removeprefix("flow-"))
-        assert client.read_flow_run(dead).state_name == "Running"
+    (left,) = (root / ".popen").glob("flow-*")
+    dead = UUID(left.name.removeprefix("flow-"))
+    with get_client(sync_client=True) as client:
+        if number == signal.SIGTERM:
+            assert [run.info.status for run in mlflow_runs(root)] == ["KILLED"]
+            assert client.read_flow_run(dead).state_name == "Crashed"
+            return
+        assert client.read_flow_run(dead).state_name == "Running"  # the next run closes it
         (root / "dvc.yaml").write_text(json.dumps({"stages": {"a": stage("touch a.txt", "a.txt")}}))
         subprocess.run([sys.executable, "-m", "flows.pipeline"], cwd=root, env=environment, check=True)
         closed: FlowRun = client.read_flow_run(dead)
         assert closed.state_name == "Crashed"
-    assert not list((root / ".popen").glob("flow-*"))
+    assert not left.exists()
     assert sorted(run.info.status for run in mlflow_runs(root)) == ["FINISHED", "KILLED"]

@@ -14,14 +14,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import filelock
 import mlflow
+import psutil
 import pytest
 import torch
 import yaml
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
 
 from flows.retraining import RetrainError, due, retrain
-from popen import pipeline
 from popen.ensemble.attention import RefinementAttention
 from popen.model.language import train_tokenizer
 from popen.model.segmenter import Segmenter
@@ -31,17 +32,21 @@ from popen.promotion.gate import GateError
 from popen.samples import Sample
 from tests.conftest import CATEGORIES, mini_params
 from tests.data.trees import MSCOCO
+from tests.flows.up import until
 from tests.test_predict import SCORE, settings
 
 Data = tuple[Path, list[Sample]]
 ROOT = Path(__file__).parents[2]
 MODEL, ANSWERS = "artifacts/models/popen+ensemble", "artifacts/evaluate/muse_val/popen+ensemble"
 TRAIN = """
-import json, shutil
+import json, shutil, time
 from pathlib import Path
 from popen.stages.model_record import log_model
 from popen.stages.run import stage
 with stage("calibrate") as run:
+    while Path("hold.here").exists():
+        Path("begun.here").touch()
+        time.sleep(0.1)
     bundle = Path("artifacts/models/popen+ensemble")
     shutil.copytree(Path("weights", Path("weights/chosen").read_text()), bundle)
     Path("artifacts/thresholds.json").write_text(json.dumps({"popen": 0.0}))
@@ -220,8 +225,6 @@ def test_from_the_first_model_to_a_refused_one(project: Path, prefect: None, dat
 
 def on_the_page(key: str) -> str:
     """The newest artifact of this key. (Prefect's own `Artifact.get` sends empty filters and is refused.)"""
-    from prefect.client.orchestration import get_client
-
     with get_client(sync_client=True) as client:
         found = client.request("GET", "/artifacts/{key}/latest", path_params={"key": key})
     return str(found.json()["data"])
@@ -244,12 +247,31 @@ def test_data_that_breaks_the_contract_stops_before_training(
     assert len(registry.versions(registry.connect(project))) == 3
 
 
-def test_of_two_at_once_the_second_stops(project: Path, prefect: None) -> None:
-    with (
-        filelock.FileLock(pipeline.state_folder(project) / "retrain.lock"),
-        pytest.raises(RetrainError, match="another `retrain` is at work in this clone"),
-    ):
+def test_of_two_at_once_the_second_stops_and_a_killed_one_is_taken_up_again(
+    project: Path, prefect: None, data: Data
+) -> None:
+    pictures, samples = data
+    before = len(registry.versions(registry.connect(project)))
+    write(project, "train", samples[1:], pictures)  # new, and sound again
+    hold, begun = project / "hold.here", project / "begun.here"
+    hold.touch()
+    environment = os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()}
+    first = subprocess.Popen([sys.executable, "-m", "flows.retraining"], env=environment)
+    until(begun.exists, patience=180)
+    with pytest.raises(RetrainError, match="another `retrain` is at work in this clone"):
         retrain()
+    stages = psutil.Process(first.pid).children(recursive=True)
+    first.kill()
+    first.wait(20)
+    psutil.wait_procs(stages, 30)  # they end with it
+    hold.unlink()
+    assert "the data is not that of the champion" in retrain()
+    assert len(registry.versions(registry.connect(project))) == before + 1
+    with get_client(sync_client=True) as client:
+        newest = {"sort": "START_TIME_DESC", "flows": {"name": {"any_": ["retrain"]}}}
+        runs = client.request("POST", "/flow_runs/filter", json=newest).json()
+    # the newest finished, the second was refused, the first was killed
+    assert [run["state_name"] for run in runs[:3]] == ["Completed", "Failed", "Crashed"]
 
 
 def test_a_gate_that_nothing_answers_stops_at_once(project: Path, prefect: None) -> None:

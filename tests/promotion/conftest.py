@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 from popen.ensemble.attention import RefinementAttention
 from popen.model.segmenter import Segmenter
 from popen.predict import write_bundle
-from popen.promotion.registry import BUNDLE, connect
+from popen.promotion.registry import BUNDLE, NAME, connect
 from popen.stages.model_record import record
 from tests.test_predict import SCORE, settings
 
@@ -61,3 +61,10 @@ def client(clone: Path) -> Iterator[MlflowClient]:
         record(uri, made.create_run(experiment).info.run_id, clone / BUNDLE)
         yield connect(clone)
     mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture
+def empty(client: MlflowClient) -> Iterator[MlflowClient]:
+    """No version is left from another test."""
+    yield client
+    client.delete_registered_model(NAME)

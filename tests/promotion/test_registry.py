@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,13 +57,6 @@ def made_champion(client: MlflowClient, clone: Path, lock: str) -> str:
     version = new(client, clone, lock)
     assert registry.promote(client, version, GOOD, champion(client))
     return str(version.version)
-
-
-@pytest.fixture
-def empty(client: MlflowClient) -> Iterator[MlflowClient]:
-    """No version is left from another test."""
-    yield client
-    client.delete_registered_model(registry.NAME)
 
 
 def test_a_version_has_its_lineage_and_is_found_again(empty: MlflowClient, clone: Path) -> None:
@@ -131,30 +123,6 @@ def test_a_verdict_over_another_champion_does_not_count(empty: MlflowClient, clo
     with pytest.raises(RegistryError, match=r"the champion changed to version 3 .*run `retrain` again"):
         registry.promote(empty, slow, GOOD, before)
     assert "gate" not in empty.get_model_version(registry.NAME, slow.version).tags
-
-
-def test_killed_at_any_step_and_started_again(empty: MlflowClient, clone: Path) -> None:
-    """One version, one champion, the one before kept: whichever write was the last one."""
-    old, crashes = made_champion(empty, clone, "start"), 0
-    for writes in range(14):
-        lock, count = f"lock {writes}", len(versions(empty))
-        mortal: Any = Mortal(empty, writes)
-        try:
-            registry.promote(mortal, new(mortal, clone, lock), GOOD, champion(empty))
-        except Killed:
-            crashes += 1
-            serving = aliases(empty)[registry.CHAMPION]
-            assert serving == old or "gate" in empty.get_model_version(registry.NAME, serving).tags
-        version = new(empty, clone, lock)  # `retrain` again: a finished promotion is seen as such
-        if aliases(empty)[registry.CHAMPION] != str(version.version):
-            assert registry.promote(empty, version, GOOD, champion(empty))
-        assert len(versions(empty)) == count + 1
-        assert aliases(empty) == {registry.CHAMPION: str(version.version), registry.PREVIOUS: old}
-        assert empty.get_registered_model(registry.NAME).tags == {}
-        old = str(version.version)
-    assert (
-        crashes == 13
-    )  # writes: 4 copies beside the model, version, challenger; verdict (2); note, 3 aliases, note
 
 
 def test_rollback_and_back_again(empty: MlflowClient, clone: Path) -> None:
