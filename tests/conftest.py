@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -132,3 +133,14 @@ def taught(data: tuple[Path, list[Sample]]) -> Segmenter:
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """A Prefect server with an empty database; its address. One for a process that runs tests: what Prefect
+    sends events with belongs to a process, and stays with the first server that it met."""
+    from prefect.settings import PREFECT_API_URL
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield PREFECT_API_URL.value()

@@ -1,4 +1,4 @@
-"""Small DVC projects whose stages are shell commands, and one Prefect server."""
+"""Small DVC projects whose stages are shell commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +85,3 @@ def status(root: Path) -> Any:
 def stage(cmd: str, out: str | None = None, *deps: str, **more: Any) -> dict[str, Any]:
     """An entry of dvc.yaml."""
     return {"cmd": cmd, **({"deps": list(deps)} if deps else {}), **({"outs": [out]} if out else {}), **more}
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str]:
-    """A Prefect server with an empty database; its address."""
-    from prefect.settings import PREFECT_API_URL
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120):
-        yield PREFECT_API_URL.value()

@@ -19,11 +19,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.flows.conftest import _environment, make, records, server
+from tests.flows.conftest import _environment, make, records
 from tests.promotion.conftest import clone, weights
 from tests.remote.servers import Postgres, free_port, postgres_programs, running, until
 
-__all__ = ["_environment", "clone", "make", "records", "server", "weights"]  # fixtures
+__all__ = ["_environment", "clone", "make", "records", "weights"]  # fixtures
 ROOT = Path(__file__).parents[2]
 
 
