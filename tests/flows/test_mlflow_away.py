@@ -20,7 +20,7 @@ from prefect import State, flow
 from flows.retraining import champion
 from tests.flows.conftest import Make, stage
 from tests.flows.test_pipeline import Start, start, tasks
-from tests.flows.up import free_port, until
+from tests.waiting import free_port, until
 
 __all__ = ["start"]  # a fixture
 pytestmark = pytest.mark.usefixtures("server")

@@ -32,8 +32,8 @@ from popen.promotion.gate import GateError
 from popen.samples import Sample
 from tests.conftest import CATEGORIES, mini_params
 from tests.data.trees import MSCOCO
-from tests.flows.up import until
 from tests.test_predict import SCORE, settings
+from tests.waiting import until
 
 Data = tuple[Path, list[Sample]]
 ROOT = Path(__file__).parents[2]

@@ -13,18 +13,8 @@ import psutil
 import pytest
 
 from tests.flows.conftest import status
-from tests.flows.up import (
-    api,
-    make,
-    prefect,
-    processes,
-    root,
-    slots,
-    start,
-    state,
-    until,
-    write_stage,
-)
+from tests.flows.up import api, make, prefect, processes, root, slots, start, state, write_stage
+from tests.waiting import until
 
 __all__ = ["root"]  # a fixture
 WAITS = "import pathlib, time\nwhile pathlib.Path('late.here').exists():\n    time.sleep(0.1)\n"

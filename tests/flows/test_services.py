@@ -13,18 +13,8 @@ from flows import services
 from flows.services import ServiceError
 from popen.pipeline import process_name, state_folder
 from tests.flows.conftest import status
-from tests.flows.up import (
-    api,
-    make,
-    messages,
-    prefect,
-    processes,
-    root,
-    start,
-    state,
-    until,
-    write_stage,
-)
+from tests.flows.up import api, make, messages, prefect, processes, root, start, state, write_stage
+from tests.waiting import until
 
 __all__ = ["root"]  # a fixture
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import psutil
 import pytest
 
 from tests.flows.conftest import stage
+from tests.waiting import free_port
 
 ROOT = Path(__file__).parents[2]
 RETRAINING = """
@@ -35,22 +34,8 @@ def retrain() -> None:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def write_stage(root: Path, cmd: str) -> None:
     (root / "dvc.yaml").write_text(json.dumps({"stages": {"a": stage(cmd, "a.txt")}}))
-
-
-def until(condition: Callable[[], Any], patience: float = 60) -> Any:
-    deadline = time.monotonic() + patience
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.2)
-    return found
 
 
 @pytest.fixture(scope="module")

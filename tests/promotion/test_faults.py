@@ -17,29 +17,19 @@ from popen.promotion import registry
 from popen.promotion.listing import table
 from popen.promotion.registry import aliases, lineage, register, versions
 from tests.promotion.conftest import GIT
-from tests.promotion.test_registry import GOOD, WRITES, champion, made_champion, new
+from tests.promotion.test_registry import GOOD, Mortal, champion, made_champion, new
 
 # writes of a promotion: 4 copies beside the model, version, challenger; verdict (2); note, 3 aliases, note
 STEPS = 13
 
 
-class Doomed:
-    """The real client in a process that is killed in place of write number `writes`."""
-
-    def __init__(self, client: MlflowClient, writes: int) -> None:
-        self.client, self.left = client, writes
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith(WRITES):
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            self.left -= 1
-        return getattr(self.client, name)
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def promote(clone: Path, lock: str, writes: int) -> None:
     """What `retrain` does after training, in a process of its own."""
-    client: Any = Doomed(registry.connect(clone), writes)
+    client: Any = Mortal(registry.connect(clone), writes, die)
     version = new(client, clone, lock)
     if aliases(client).get(registry.CHAMPION) != str(version.version):
         registry.promote(client, version, GOOD, champion(client))

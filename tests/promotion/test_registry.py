@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,20 @@ class Killed(BaseException):
     """The process is gone."""
 
 
-class Mortal:
-    """The real client, until so many writes are done."""
+def killed() -> None:
+    raise Killed
 
-    def __init__(self, client: MlflowClient, writes: int) -> None:
-        self.client, self.left = client, writes
+
+class Mortal:
+    """The real client; just before write number `writes` comes the fault."""
+
+    def __init__(self, client: MlflowClient, writes: int, fault: Callable[[], object]) -> None:
+        self.client, self.left, self.fault = client, writes, fault
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith(WRITES):
             if self.left == 0:
-                raise Killed
+                self.fault()
             self.left -= 1
         return getattr(self.client, name)
 
@@ -143,7 +148,7 @@ def test_a_rollback_that_is_killed_is_finished(empty: MlflowClient, clone: Path)
     first, second = made_champion(empty, clone, "a"), made_champion(empty, clone, "b")
     crashes = 0
     for writes in range(7):
-        mortal: Any = Mortal(empty, writes)
+        mortal: Any = Mortal(empty, writes, killed)
         try:
             registry.rollback(mortal)
         except Killed:

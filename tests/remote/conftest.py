@@ -21,7 +21,8 @@ import pytest
 
 from tests.flows.conftest import _environment, make, records
 from tests.promotion.conftest import clone, weights
-from tests.remote.servers import Postgres, free_port, postgres_programs, running, until
+from tests.remote.servers import Postgres, postgres_programs, running
+from tests.waiting import free_port, until
 
 __all__ = ["_environment", "clone", "make", "records", "weights"]  # fixtures
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,7 @@ import pwd
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,7 @@ import httpx
 import psycopg2
 from moto.server import ThreadedMotoServer
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def until(condition: Callable[[], Any], patience: float = 240) -> Any:
-    """Wait for a condition; what it returned."""
-    deadline = time.monotonic() + patience
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.1)
-    return found
+from tests.waiting import free_port, until
 
 
 def listens(port: int) -> bool:

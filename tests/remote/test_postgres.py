@@ -19,9 +19,9 @@ from popen.promotion.registry import BUNDLE, RegistryError, aliases, versions
 from popen.stages.model_record import record
 from tests.flows.conftest import Make, stage, status
 from tests.flows.test_pipeline import DIAMOND
-from tests.promotion.test_registry import GOOD, WRITES, champion, made_champion, new
+from tests.promotion.test_registry import GOOD, Mortal, champion, made_champion, new
 from tests.remote.conftest import ROOT, Team
-from tests.remote.servers import Postgres, until
+from tests.waiting import until
 
 AWAY = 5.0  # seconds
 ENDED = dict.fromkeys([*"abcd", "mlflow run"], "Completed")
@@ -62,20 +62,6 @@ def test_postgres_restarted_in_the_middle_of_a_run(make: Make, team: Team) -> No
     assert set(team.postgres.ask("select status from runs", "mlflow")) == {("FINISHED",)}
 
 
-class Interrupted:
-    """The real client; just before one of its writes PostgreSQL goes away."""
-
-    def __init__(self, client: MlflowClient, postgres: Postgres, writes: int) -> None:
-        self.client, self.postgres, self.left = client, postgres, writes
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith(WRITES):
-            if self.left == 0:
-                self.postgres.stop()
-            self.left -= 1
-        return getattr(self.client, name)
-
-
 @pytest.fixture
 def client(team: Team, clone: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MlflowClient]:
     """MLflow's client over HTTP, with the clone's bundle recorded. It tries nothing twice."""
@@ -95,7 +81,7 @@ def test_postgres_restarted_at_any_step_of_a_promotion(client: MlflowClient, clo
     old, outages = made_champion(client, clone, "start"), 0
     for writes in range(14):
         lock, count = f"lock {writes}", len(versions(client))
-        interrupted: Any = Interrupted(client, team.postgres, writes)
+        interrupted: Any = Mortal(client, writes, team.postgres.stop)
         try:
             registry.promote(interrupted, new(interrupted, clone, lock), GOOD, champion(client))
         except (MlflowException, RegistryError):

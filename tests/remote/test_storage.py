@@ -16,7 +16,8 @@ from prefect.settings import PREFECT_API_URL
 from flows import pipeline
 from tests.flows.conftest import Make, commit, lock, stage
 from tests.flows.test_pipeline import Start, start, tasks
-from tests.remote.servers import S3, Sshd, until
+from tests.remote.servers import S3, Sshd
+from tests.waiting import until
 
 __all__ = ["start"]  # a fixture
 pytestmark = pytest.mark.usefixtures("server")

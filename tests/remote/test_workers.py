@@ -17,8 +17,9 @@ import pytest
 
 from tests.flows.conftest import Make, commit, stage
 from tests.remote.conftest import ROOT
-from tests.remote.servers import running, until
+from tests.remote.servers import running
 from tests.remote.test_storage import Remote, s3, sharing
+from tests.waiting import until
 
 PREFECT = [sys.executable, "-m", "prefect"]
 OURS = "mlflow run of this repository"
