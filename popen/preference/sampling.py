@@ -161,7 +161,7 @@ def _drawn(said: Answer, sample: Sample) -> list[list[float]]:
     """IoU of the mask of each of an answer's phrases with each target's, at the model's mask size."""
     size = said.masks.shape[-1]
     truth = [torch.from_numpy(mask_array(decode(target.rle), size)) for target in sample.targets]
-    return [[float(_ious(mask > 0, true)) for true in truth] for mask in said.masks]
+    return [[float(_ious(mask > 0, true)) for true in truth] for mask in said.masks.cpu()]
 
 
 def _ious(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

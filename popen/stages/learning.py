@@ -26,6 +26,7 @@ from popen.training import Loss, train
 
 Pair = TypeVar("Pair", Sample, TextPair)
 
+REFERRING = ("refcoco", "refcoco+", "refcocog")
 INDEX = Path("artifacts/index")
 MODELS = Path("artifacts/models")
 PREFERENCES = Path("artifacts/preferences")
@@ -52,8 +53,9 @@ def image_plan(samples: Sequence[Sample], questions: int, seed: int) -> Plan[Sam
 def sft_collate(model: Segmenter, run: Run, auxiliary: bool) -> Callable[[Sequence[list[Sample]]], Batch]:
     """Items (the samples of one image each) -> a supervised batch.
 
-    The first `sft.masks` samples of an item supervise masks too. `auxiliary` adds what the auxiliary
-    losses compare with.
+    `sft.masks` samples of an item supervise masks too: one that refers to a thing where there is one, for
+    its words teach nothing without the mask, and the first of the others. `auxiliary` adds what the
+    auxiliary losses compare with.
     """
     data, masks = run.params.data, run.params.sft.masks
 
@@ -61,7 +63,9 @@ def sft_collate(model: Segmenter, run: Run, auxiliary: bool) -> Callable[[Sequen
         images = [open_image(Path(data.root), item[0].image, data.max_pixels) for item in items]
         rows = []
         for image, item in enumerate(items):
-            for place, sample in enumerate(item):
+            referring = [sample for sample in item if sample.benchmark in REFERRING][:1]
+            others = [sample for sample in item if sample not in referring]
+            for place, sample in enumerate([*referring, *others]):
                 row = sample_row(sample, image)
                 kinds = [target.category for target in sample.targets] if auxiliary else None
                 rows.append(replace(row, masks=row.masks if place < masks else None, kinds=kinds))

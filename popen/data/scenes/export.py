@@ -24,7 +24,7 @@ from popen.data.scenes.composition import Scene, compose
 from popen.data.scenes.facts import EDIBLE
 from popen.data.scenes.kinds import CATEGORY_IDS, KINDS
 from popen.data.scenes.noise import coarse, noisy, truth
-from popen.data.scenes.questions import Asked, answer_text, ask
+from popen.data.scenes.questions import MOST_TARGETS, Asked, answer_text, ask
 from popen.data.scenes.records import Record
 from popen.data.scenes.referring import by_look, by_place, in_a_sentence
 from popen.masks import Mask, encode
@@ -34,6 +34,8 @@ IMAGES = "refer_seg/images/mscoco/images/train2014"
 REASON_KINDS = ("use", "nutrition", "danger", "material")
 REASON_IMAGES = {"train": 150, "val": 60, "test": 200}
 GRAND_IMAGES = {"train": 300, "val": 60, "test": 150}
+
+LEARNT = ("train", "preference", "val")
 
 # A split's number is part of its scenes' seeds: never renumber one.
 SPLITS = {
@@ -111,7 +113,13 @@ def _generators(
 
 
 def _crowded(split: str, number: int) -> bool:
-    """Which scenes hold many things: all of `test_many`, every eighth elsewhere."""
+    """Which scenes hold many things.
+
+    All of `test_many` and few of the other tests; half of what is learnt from, eight in a row so that each
+    of the referring data sets has its share.
+    """
+    if split in LEARNT:
+        return number // 8 % 2 == 1
     return split == "test_many" or number % 8 == 7
 
 
@@ -122,8 +130,7 @@ def _scene(params: ScenesParams, split: str, number: int) -> Scene:
 def _draw_muse(root: Path, params: ScenesParams, split: str, number: int) -> Drawn:
     scene = _scene(params, split, number)
     words, spoiler = _generators(params, split, number)
-    least, most = {"test_less": (1, 3), "test_many": (4, 6)}.get(split, (1, 6))
-    questions = ask(scene, words, 4 if split == "train" else 3, least, most)
+    questions = _asked(scene, split, number, words)
     references = _references(scene, split, number, words)
     masks: list[Mask] = [thing.mask for thing in scene.things]
     mentions = [truth(scene, question) for question in questions]
@@ -140,10 +147,22 @@ def _draw_muse(root: Path, params: ScenesParams, split: str, number: int) -> Dra
     return Drawn(records.muse(scene, file_name, masks, questions, mentions), references, instances)
 
 
+def _asked(scene: Scene, split: str, number: int, words: np.random.Generator) -> list[Asked]:
+    """MUSE's questions about a scene: half of those about a crowded one to learn from are `test_many`'s."""
+    few, many = (1, 3), (4, MOST_TARGETS)
+    if split not in LEARNT:
+        return ask(scene, words, 3, *(many if split == "test_many" else few))
+    count = 4 if split == "train" else 3
+    if not _crowded(split, number):
+        return ask(scene, words, count)
+    long = ask(scene, words, 2, *many)
+    return [*long, *ask(scene, words, count - len(long), *few)]
+
+
 def _references(scene: Scene, split: str, number: int, rng: np.random.Generator) -> list[Reference]:
     """What the three referring data sets ask about a scene.
 
-    To save space, every second image of the training split goes to one of them: half of these to RefCOCO.
+    To save space, every second image of the training split goes to one of them, in turn.
     """
     if split == "preference" or (split == "train" and number % 2):
         return []
@@ -151,7 +170,7 @@ def _references(scene: Scene, split: str, number: int, rng: np.random.Generator)
     things, sentences = (2, 2) if split == "train" else (2, 1)  # a picture, a thing
     datasets = {"refcoco": by_place, "refcoco+": by_look, "refcocog": in_a_sentence}
     if split == "train":
-        name = ("refcoco", "refcoco+", "refcoco", "refcocog")[number // 2 % 4]
+        name = ("refcoco", "refcoco+", "refcocog")[number // 2 % 3]
         datasets = {name: datasets[name]}
     for dataset, describe in datasets.items():
         picked = 0
