@@ -63,9 +63,8 @@ def sft_collate(model: Segmenter, run: Run, auxiliary: bool) -> Callable[[Sequen
         images = [open_image(Path(data.root), item[0].image, data.max_pixels) for item in items]
         rows = []
         for image, item in enumerate(items):
-            referring = [sample for sample in item if sample.benchmark in REFERRING][:1]
-            others = [sample for sample in item if sample not in referring]
-            for place, sample in enumerate([*referring, *others]):
+            first = next((n for n, sample in enumerate(item) if sample.benchmark in REFERRING), 0)
+            for place, sample in enumerate([item[first], *item[:first], *item[first + 1 :]]):
                 row = sample_row(sample, image)
                 kinds = [target.category for target in sample.targets] if auxiliary else None
                 rows.append(replace(row, masks=row.masks if place < masks else None, kinds=kinds))

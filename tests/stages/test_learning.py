@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,10 @@ def test_the_first_samples_of_an_item_supervise_masks(
     bare = sft_collate(mini_model, run, auxiliary=False)([item, item])
     assert bare.inventory is None
     assert bare.dense is None
+    refers = replace(item[0], benchmark="refcoco+", answer="it is the cup {seg}.", targets=item[0].targets[:1])
+    mixed = sft_collate(mini_model, run, auxiliary=False)([[*item, refers]])
+    assert mixed.row_of_target.tolist() == [0]  # the one that refers to a thing comes first
+    assert mixed.answered.any(1).sum() == 3
 
 
 def test_validation_is_of_what_the_model_knows(

@@ -114,6 +114,16 @@ def test_masks_of_the_training_split_are_coarse_in_the_share_asked_for(trees: tu
     assert sum(changed) / len(changed) == pytest.approx(0.44, abs=0.12)
 
 
+def test_what_is_learnt_from_is_as_full_and_asks_for_as_much_as_the_tests(trees: tuple[Path, Path]) -> None:
+    for number, record in enumerate(muse(trees[1], "train")):
+        asked = [len(answer) for answer in record["answers"]]
+        assert len(asked) == 4
+        assert max(asked) <= 6
+        if number // 8 % 2:  # a crowded scene
+            assert len(record["ann_list"]) >= 6
+            assert sum(count >= 4 for count in asked) == 2
+
+
 def test_boxes_hold_their_masks(trees: tuple[Path, Path]) -> None:
     for record in muse(trees[0], "val") + muse(trees[0], "train")[:10]:
         for annotation in record["ann_list"]:
