@@ -154,7 +154,8 @@ def test_the_first_samples_of_an_item_supervise_masks(
     bare = sft_collate(mini_model, run, auxiliary=False)([item, item])
     assert bare.inventory is None
     assert bare.dense is None
-    refers = replace(item[0], benchmark="refcoco+", answer="it is the cup {seg}.", targets=item[0].targets[:1])
+    one = item[0].targets[:1]
+    refers = replace(item[0], benchmark="refcoco+", answer="it is the cup {seg}.", targets=one)
     mixed = sft_collate(mini_model, run, auxiliary=False)([[*item, refers]])
     assert mixed.row_of_target.tolist() == [0]  # the one that refers to a thing comes first
     assert mixed.answered.any(1).sum() == 3
