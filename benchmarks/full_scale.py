@@ -58,10 +58,13 @@ class Bench:
 
     def __init__(self, scale: Scale, device: torch.device, root: Path, out: Path, seconds: float) -> None:
         self.scale, self.device, self.root, self.out = scale, device, root, out
-        self.end = time.monotonic() + seconds
+        self.end = float("inf")
         self.records: list[Record] = []
         out.write_text("", encoding="utf-8")
-        self.measure("build", self._build)
+        start = time.monotonic()
+        if self.measure("build", self._build) is None:
+            raise RuntimeError("the model could not be built; the error is above")
+        self.end = start + seconds
 
     def _build(self) -> Record:
         start = time.perf_counter()
@@ -322,11 +325,8 @@ def table(records: Sequence[Record]) -> str:
     lines = ["| measured | s | samples/s | tokens/s | of the peak | GB | ratio | |", "|" + " --- |" * 8]
     for record in records:
         cells = [record.get(column, "") for column in columns]
-        told = [f"{cell:.3g}" if isinstance(cell, float) and cell < 1000 else str(cell) for cell in cells]
-        told = [
-            f"{cell:.0f}" if isinstance(cell, float) and cell >= 1000 else text
-            for cell, text in zip(cells, told, strict=True)
-        ]
+        told = [f"{cell:,.3g}" if isinstance(cell, float) and cell < 100 else cell for cell in cells]
+        told = [f"{cell:,.0f}" if isinstance(cell, float) else cell for cell in told]
         lines.append("| " + " | ".join([record["name"], *told]) + " |")
     return "\n".join(lines)
 
@@ -337,8 +337,6 @@ def run(
     """Measure the parts named in `only`; the records, as written to `out`."""
     params = load()
     bench = Bench(scale, device, root, out, seconds)
-    if not hasattr(bench, "work"):
-        raise RuntimeError("the model could not be built; the error is above")
     work: dict[str, Callable[[], object]] = {
         "sft": bench.sft,
         "align": lambda: bench.align(params.align),
@@ -366,7 +364,7 @@ def main() -> None:
         parser.error(f"--only takes some of {', '.join(PARTS)}, not {options.only}")
     if options.scale == "llava-7b" and not torch.cuda.is_available():
         sys.exit("llava-7b needs a GPU of 80 GB, and torch sees none; --scale default runs on the CPU")
-    device = torch.device("cuda" if options.scale == "llava-7b" else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         scale = llava_7b(root / "config") if options.scale == "llava-7b" else default_scale()

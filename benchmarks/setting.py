@@ -82,6 +82,7 @@ def llava_7b(folder: Path) -> Scale:
             lora_r=8,
             lora_alpha=16,
             lora_targets=["q_proj", "v_proj"],
+            **({"dtype": "bfloat16"} if "dtype" in LanguageParams.model_fields else {}),
         ),
         decoder=DecoderParams(width=256, heads=8, layers=1, tokens=3, detail=0),
     )
@@ -121,15 +122,27 @@ def write_targets(model: Segmenter) -> None:
     for layer in causal.base_model.layers:
         layer.self_attn.o_proj.weight.mul_(1e-4)
         layer.mlp.down_proj.weight.mul_(1e-4)
-    embedded, head = causal.get_input_embeddings().weight, causal.get_output_embeddings()
-    if head.weight is embedded:
-        head.weight = nn.Parameter(embedded.detach().clone())
+    ends = causal.get_input_embeddings(), causal.get_output_embeddings()
+    # rows that train apart from a frozen rest lie in an adapter of PEFT's
+    adapters = [getattr(end, "token_adapter", None) for end in ends]
+    embedded, head = (
+        end.weight if adapter is None else adapter.base_layer.weight
+        for end, adapter in zip(ends, adapters, strict=True)
+    )
+    if head is embedded:
+        ends[1].weight = head = nn.Parameter(embedded.detach().clone())
+    codebook = model.tokenizer.convert_tokens_to_ids(model.encoder.codebook)
+    embedded[codebook] = torch.randn_like(embedded[codebook]) * embedded.std()  # they may all start alike
     said = list(dict.fromkeys(model.encoder.answer_ids("It is the cup {seg}")[:-1]))  # each has one successor
     before = [model.encoder.question_ids("?")[-1], *said]
     after = [*said, said[0]]
-    head.weight[after] = 0.0
+    head[after] = 0.0
     for one, other in zip(before, after, strict=True):
-        head.weight[other] += embedded[one]
+        head[other] += embedded[one]
+    for weight, adapter in zip((embedded, head), adapters, strict=True):
+        if adapter is not None:
+            for name, delta in adapter.trainable_tokens_delta.items():
+                delta.copy_(weight[adapter.token_indices[name]])
 
 
 @dataclass(frozen=True)
