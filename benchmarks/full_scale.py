@@ -12,18 +12,16 @@ rows about it; in generation and the ensemble, those it writes.
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from torch import Tensor, nn
 
-from benchmarks.flops import Flops, peak
+from benchmarks.flops import Flops
+from benchmarks.measuring import Measuring, Record, table
 from benchmarks.setting import PIXELLM, Scale, Work, build, default_scale, draw, llava_7b, rows_of
 from popen.checkpoints import Checkpoints
 from popen.ensemble.attention import RefinementAttention
@@ -50,17 +49,14 @@ from popen.training import Loss, train
 
 PARTS = ("sft", "align", "generate", "ensemble", "compiled")
 WARM = 2  # first steps, not counted
-Record = dict[str, Any]
 
 
-class Bench:
-    """One model on one device, and the record of what was measured."""
+class Bench(Measuring):
+    """One model, and its measurements."""
 
     def __init__(self, scale: Scale, device: torch.device, root: Path, out: Path, seconds: float) -> None:
-        self.scale, self.device, self.root, self.out = scale, device, root, out
-        self.end = float("inf")
-        self.records: list[Record] = []
-        out.write_text("", encoding="utf-8")
+        super().__init__(device, out)
+        self.scale, self.root = scale, root
         start = time.monotonic()
         if self.measure("build", self._build) is None:
             raise RuntimeError("the model could not be built; the error is above")
@@ -70,7 +66,6 @@ class Bench:
         start = time.perf_counter()
         self.model: Segmenter = build(self.scale, self.device)
         self.flops = Flops.of(self.model)
-        self.peak = peak(self.device)
         self.prefix = len(self.model.encoder.prefix_ids)
         count = max(*self.scale.images, self.scale.answers, self.scale.asked, self.scale.alone)
         self.work: Work = draw(self.model, self.root, count)
@@ -82,49 +77,6 @@ class Bench:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "torch": torch.__version__,
         }
-
-    # -- measuring
-
-    def measure(self, name: str, work: Callable[[], Record]) -> Record | None:
-        """Write the record that `work` returns, or why there is none."""
-        found: Record | None = None
-        if time.monotonic() > self.end:
-            record: Record = {"name": name, "failed": "no time left"}
-        else:
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
-            try:
-                found = work()
-                record = {"name": name, **found}
-                if self.device.type == "cuda":
-                    record["peak_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-            except torch.OutOfMemoryError:
-                record = {"name": name, "failed": "out of memory"}
-            except Exception as error:  # the next figure may still come
-                traceback.print_exc()
-                record = {"name": name, "failed": f"{type(error).__name__}: {error}"}
-        if hasattr(self, "model"):
-            self.model.zero_grad(set_to_none=True)
-            self.model.eval()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.records.append(record)
-        with self.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        print(json.dumps(record), flush=True)
-        return found
-
-    def sync(self) -> float:
-        """Seconds on a clock, once the device has done all that it was told."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def speed(self, seconds: float, samples: int, tokens: int, flops: float) -> Record:
-        record = {"seconds": seconds, "samples_per_s": samples / seconds, "tokens_per_s": tokens / seconds}
-        record["tflop_per_s"] = flops / seconds / 1e12
-        return record if self.peak is None else record | {"utilisation": flops / seconds / self.peak}
 
     # -- training
 
@@ -161,6 +113,7 @@ class Bench:
             checkpoint_every=count + 1,
             eval_every=count + 1,
         )
+        self.model.zero_grad(set_to_none=True)  # those of a step that did not fit
         train(
             self.model,
             params,
@@ -195,7 +148,7 @@ class Bench:
             return sft_loss(model(batch), batch, PIXELLM)
 
         for images in self.scale.images:
-            if self.measure(f"{name} ({images} images)", lambda n=images: self.steps(n, loss, False)):  # type: ignore[misc]
+            if self.measure(f"{name} ({images} images)", partial(self.steps, images, loss, False)):
                 return images
         return 0
 
@@ -214,17 +167,15 @@ class Bench:
 
         for images in self.scale.images:
             aligned = self.measure(
-                f"align, values stored ({images} images)", lambda n=images: self.steps(n, loss, True)
-            )  # type: ignore[misc]
+                f"align, values stored ({images} images)", partial(self.steps, images, loss, True)
+            )
             if aligned is None:
                 continue
             for name, other in (("sft, same rows", same_rows), ("align, reference along", reference_along)):
-                rival = self.measure(
-                    f"{name} ({images} images)", lambda n=images, it=other: self.steps(n, it, True)
-                )  # type: ignore[misc]
+                rival = self.measure(f"{name} ({images} images)", partial(self.steps, images, other, True))
                 if rival is not None:
                     share = aligned["seconds"] / rival["seconds"]
-                    self.measure(f"align / {name}", lambda share=share: {"ratio": share})  # type: ignore[misc]
+                    self.measure(f"align / {name}", partial(dict, ratio=share))
             return
 
     def compiled(self) -> None:
@@ -269,36 +220,33 @@ class Bench:
 
     def generate(self) -> None:
         """Answers in one batch, and one by one."""
+        images, pairs, words = self.work.images, self.work.pairs, self.scale.words
+        many, few = self.scale.answers, self.scale.alone
 
-        def batched(count: int) -> list[Answer]:
-            pairs = self.work.pairs[:count]
-            return generate(self.model, self.work.images[:count], rows_of(pairs), self.scale.words)
+        def batched() -> list[Answer]:
+            return generate(self.model, images[:many], rows_of(pairs[:many]), words)
 
         def alone() -> list[Answer]:
-            images, pairs = self.work.images, self.work.pairs
             found: list[Answer] = []
-            for image, pair in zip(images[: self.scale.alone], pairs, strict=False):
-                found += generate(self.model, [image], rows_of([pair]), self.scale.words)
+            for image, pair in zip(images[:few], pairs, strict=False):
+                found += generate(self.model, [image], rows_of([pair]), words)
             return found
 
-        many, few = self.scale.answers, self.scale.alone
-        one = self.measure(
-            f"generate, {many} at once", lambda: self.answers(lambda: batched(many), 3, many, 1)
-        )
-        other = self.measure(f"generate, {few} one by one", lambda: self.answers(alone, 0, few, 1))
+        one = self.measure(f"generate, {many} at once", partial(self.answers, batched, 3, many, 1))
+        other = self.measure(f"generate, {few} one by one", partial(self.answers, alone, 0, few, 1))
         if one and other:
             ratio = one["samples_per_s"] / other["samples_per_s"]
-            self.measure("generate: batched / one by one, answers a second", lambda: {"ratio": ratio})
+            self.measure("generate: batched / one by one, answers a second", partial(dict, ratio=ratio))
 
     def ensemble(self, params: EnsembleParams) -> None:
         """M members in one pass, and one by one: written, read again with every member's image, refined."""
         asked = self.scale.asked
+        images, questions = self.work.images[:asked], self.work.questions[:asked]
         attention = RefinementAttention(self.model.codebook.scales, self.model.params.decoder.width)
         score = Score(FEATURES, (0.0,) * 3, (1.0,) * 3, (1.0, 0.0, 0.0))
 
         def answer(members: int, together: bool) -> list[Answer]:
             system = Ensemble(self.model, None, score, attention.to(self.device), params, 0.0, together)
-            images, questions = self.work.images[:asked], self.work.questions[:asked]
             return system.answer(images, questions, members, self.scale.words, 0)
 
         times: dict[tuple[int, bool], Record | None] = {}
@@ -309,26 +257,18 @@ class Bench:
                 name = f"ensemble of {members}, members {'in one pass' if together else 'one by one'}"
                 times[members, together] = self.measure(
                     f"{name} ({asked} questions)",
-                    lambda m=members, t=together: self.answers(  # type: ignore[misc]
-                        lambda: answer(m, t), 2 if t else 0, 2 * m * asked, 2 * m
+                    partial(
+                        self.answers,
+                        partial(answer, members, together),
+                        2 if together else 0,
+                        2 * members * asked,
+                        2 * members,
                     ),
                 )
                 first, this = times.get((1, True)), times[members, together]
                 if first and this and members > 1:
                     ratio = this["seconds"] / first["seconds"]
-                    self.measure(f"{name} / ensemble of 1", lambda ratio=ratio: {"ratio": ratio})  # type: ignore[misc]
-
-
-def table(records: Sequence[Record]) -> str:
-    """Markdown, one line a record."""
-    columns = ("seconds", "samples_per_s", "tokens_per_s", "utilisation", "peak_gb", "ratio", "failed")
-    lines = ["| measured | s | samples/s | tokens/s | of the peak | GB | ratio | |", "|" + " --- |" * 8]
-    for record in records:
-        cells = [record.get(column, "") for column in columns]
-        told = [f"{cell:,.3g}" if isinstance(cell, float) and cell < 100 else cell for cell in cells]
-        told = [f"{cell:,.0f}" if isinstance(cell, float) else cell for cell in told]
-        lines.append("| " + " | ".join([record["name"], *told]) + " |")
-    return "\n".join(lines)
+                    self.measure(f"{name} / ensemble of 1", partial(dict, ratio=ratio))
 
 
 def run(

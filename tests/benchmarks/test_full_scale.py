@@ -11,7 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import Flops
-from benchmarks.full_scale import run, table
+from benchmarks.full_scale import run
+from benchmarks.measuring import table
 from benchmarks.setting import PIXELLM, Scale, build, draw, llava_7b
 from popen.ensemble.attention import RefinementAttention
 from popen.ensemble.members import Ensemble
@@ -71,8 +72,8 @@ def test_bf16_forward_backward_and_ensemble(scale: Scale, tmp_path: Path) -> Non
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
         for form in ("embedding", "mask"):
-            settings = params.align.model_copy(update={"mask_form": form})
-            loss, _ = align_loss(settings, PIXELLM)(model, batch)
+            wanted = params.align.model_copy(update={"mask_form": form})
+            loss, _ = align_loss(wanted, PIXELLM)(model, batch)
             loss.backward()
             assert torch.isfinite(loss)
     learnt = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
