@@ -117,11 +117,11 @@ def test_members_in_one_pass_are_those_asked_one_by_one(taught: Segmenter, asked
     texts = ["the cup {seg} and the fork {seg}", "nothing", "the fork {seg}"]
     scores = np.arange(9.0).reshape(3, 3)
     for words in (texts, ["nothing"] * 3):
-        apart, joint = (align(taught, images, questions, words, one.pixels, scores, t) for t in (False, True))
-        torch.testing.assert_close(apart.embeddings, joint.embeddings, atol=1e-4, rtol=1e-4)
-        assert torch.equal(apart.scores, joint.scores)
-        for a, b in zip(apart.features, joint.features, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        alone, every = (align(taught, images, questions, words, one.pixels, scores, t) for t in (False, True))
+        torch.testing.assert_close(alone.embeddings, every.embeddings, atol=1e-4, rtol=1e-4)
+        assert torch.equal(alone.scores, every.scores)
+        for seen, other in zip(alone.features, every.features, strict=True):
+            torch.testing.assert_close(seen, other, atol=1e-5, rtol=1e-5)
 
 
 def test_member_zero_is_clean_and_greedy_and_the_others_are_drawn(taught: Segmenter, asked: Asked) -> None:
