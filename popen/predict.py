@@ -79,7 +79,9 @@ def load_ensemble(folder: Path) -> tuple[Ensemble, Settings]:
     model = Segmenter.load(folder / "model")
     score, attention = members.load(folder, model)
     reference = Segmenter.load(folder / "reference") if score.features == REWARD else None
-    return Ensemble(model, reference, score, attention, settings.ensemble, settings.threshold), settings
+    together = model.device.type == "cuda"
+    parts = (model, reference, score, attention, settings.ensemble, settings.threshold, together)
+    return Ensemble(*parts), settings
 
 
 class Predictor:

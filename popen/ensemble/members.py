@@ -25,7 +25,7 @@ from torch import Tensor
 from popen.ensemble.attention import RefinementAttention, best_embedding, mean_embedding
 from popen.ensemble.score import FEATURES, Score, agreement, mask_confidence
 from popen.model.batches import IGNORED, Batch, Row
-from popen.model.generate import Answer, generate
+from popen.model.generate import Answer, generate, generate_members
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
 from popen.params import EnsembleParams
@@ -52,27 +52,32 @@ def ask(
     max_new_tokens: int,
     threshold: float,
     seed: int,
+    together: bool = False,
 ) -> Members:
     """Let `members` answer each question about its image. With a `reference`, the model before alignment,
-    their features are REWARD, else FEATURES."""
+    their features are REWARD, else FEATURES. `together`: see Ensemble."""
     rows = [Row(index, question) for index, question in enumerate(questions)]
     clean = model.encoder.batch(images, rows).images
     views = [clean]
     for member in range(1, members):
         generator = torch.Generator().manual_seed(seed + member)
         views.append(noise_rectangles(clean, 1, 1, params.sigma, params.side, generator))
-    answers = [generate(model, images, rows, max_new_tokens)]
-    for member in range(1, members):
-        answers.append(
-            generate(model, images, rows, max_new_tokens, params.temperature, seed + member, views[member])
-        )
+    pixels, warmth = torch.stack(views), params.temperature
+    if together:
+        answers = generate_members(model, images, rows, max_new_tokens, warmth, seed, pixels)
+    else:
+        answers = [generate(model, images, rows, max_new_tokens)]
+        for member in range(1, members):
+            answers.append(
+                generate(model, images, rows, max_new_tokens, warmth, seed + member, views[member])
+            )
     if reference is None:
         told = [_features([said[row] for said in answers], threshold) for row in range(len(rows))]
         features = np.array(told).reshape(len(rows), members, len(FEATURES))
     else:
         rewards = [implicit_rewards(model, reference, images, questions, said) for said in answers]
         features = np.array(rewards).T[..., None]
-    return Members(answers, torch.stack(views), features)
+    return Members(answers, pixels, features)
 
 
 def _features(said: Sequence[Answer], threshold: float) -> list[tuple[float, ...]]:
@@ -120,6 +125,7 @@ def align(
     texts: Sequence[str],
     pixels: Tensor,
     scores: np.ndarray[Any, np.dtype[np.float64]],
+    together: bool = False,
 ) -> Aligned:
     """Feed each question's text with every member's image: `pixels` (M, R, 3, H, W), `scores` (R, M)."""
     size = model.encoder.size
@@ -128,12 +134,20 @@ def align(
         for i, (question, text) in enumerate(zip(questions, texts, strict=True))
     ]
     batch = model.encoder.batch(images, rows).to(model.device)
-    features = [model.tower(view.to(model.device)) for view in pixels]
-    embeddings = [
-        model.segmentation_embeddings(model.hidden(batch, levels), batch, levels)[0] for levels in features
-    ]
     by_row = torch.from_numpy(scores).float().to(model.device)
-    return Aligned(batch, torch.stack(embeddings, dim=1), features, by_row[batch.row_of_target])
+    if together:
+        every = batch.repeated(pixels.to(model.device))
+        levels = model.tower(every.images)
+        found, _ = model.segmentation_embeddings(model.hidden(every, levels), every, levels)
+        features = [list(view) for view in zip(*(level.split(len(images)) for level in levels), strict=True)]
+        embeddings = found.view(len(pixels), len(batch.row_of_target), *found.shape[1:]).transpose(0, 1)
+    else:
+        features = [model.tower(view.to(model.device)) for view in pixels]
+        embeddings = torch.stack(
+            [model.segmentation_embeddings(model.hidden(batch, seen), batch, seen)[0] for seen in features],
+            dim=1,
+        )
+    return Aligned(batch, embeddings, features, by_row[batch.row_of_target])
 
 
 def refine(model: Segmenter, attention: RefinementAttention, aligned: Aligned, mode: str) -> Tensor:
@@ -168,6 +182,9 @@ class Ensemble:
     attention: RefinementAttention
     params: EnsembleParams
     threshold: float
+    # the members in one pass: the same answers up to rounding, for several times the memory. A large model on
+    # a GPU writes a word for all of them in about the time of one; small ones on a CPU gain nothing
+    together: bool = False
 
     def answer(
         self,
@@ -200,10 +217,12 @@ class Ensemble:
             max_new_tokens,
             self.threshold,
             seed,
+            self.together,
         )
         scores = self.score(said.features)
         kept = [said.answers[best][row] for row, best in enumerate(scores.argmax(1).tolist())]
-        aligned = align(self.model, images, questions, [answer.text for answer in kept], said.pixels, scores)
+        texts = [answer.text for answer in kept]
+        aligned = align(self.model, images, questions, texts, said.pixels, scores, self.together)
         return kept, aligned
 
     @torch.no_grad()

@@ -68,6 +68,20 @@ class Batch:
         """The same rows about other pixels (B, 3, H, W): perturbed copies of the images."""
         return replace(self, images=images)
 
+    def repeated(self, views: Tensor) -> Batch:
+        """The same rows about each of M views (M, B, 3, H, W) of the images, in one batch: first all rows
+        about view 0, then all about view 1, ... Without what the auxiliary losses compare with."""
+        members, rows = len(views), len(self.input_ids)
+        shift = torch.arange(members, device=self.input_ids.device)[:, None]
+        same = ("input_ids", "attention_mask", "labels", "positions", "masks", "valid")
+        again = {name: torch.cat([getattr(self, name)] * members) for name in same}
+        return Batch(
+            images=views.flatten(0, 1),
+            image_of_row=(self.image_of_row + shift * views.shape[1]).flatten(),
+            row_of_target=(self.row_of_target + shift * rows).flatten(),
+            **again,
+        )
+
     def first_rows(self, count: int) -> Batch:
         """The first `count` rows, which must hold every supervised target."""
         rows = ("image_of_row", "input_ids", "attention_mask", "labels", "inventory")

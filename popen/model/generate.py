@@ -44,6 +44,22 @@ class WholeTargets(LogitsProcessor):
         return scores
 
 
+class Draws(LogitsProcessor):
+    """Members in one batch: the rows of the first choose the likeliest word, those of member m are drawn from
+    a stream of their own, seeded `seed` + m. The same draws as M calls of `generate` make."""
+
+    def __init__(self, members: int, temperature: float, seed: int, device: torch.device) -> None:
+        self.temperature = temperature
+        self.streams = [torch.Generator(device).manual_seed(seed + m) for m in range(1, members)]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        first, *others = scores.chunk(1 + len(self.streams))
+        chosen = [first.argmax(-1, keepdim=True)]
+        for rows, stream in zip(others, self.streams, strict=True):
+            chosen.append(torch.multinomial((rows / self.temperature).softmax(-1), 1, generator=stream))
+        return torch.full_like(scores, -torch.inf).scatter(1, torch.cat(chosen), 0.0)
+
+
 @torch.no_grad()
 def generate(
     model: Segmenter,
@@ -58,32 +74,72 @@ def generate(
 
     `pixels` (B, 3, H, W) replaces the images' pixels (perturbed members of an ensemble).
     """
-    batch = model.encoder.batch(images, [Row(row.image, row.question) for row in rows]).to(model.device)
-    used = batch.images if pixels is None else pixels.to(model.device)
-    features = model.tower(used)
-    codebook = model.tokenizer.convert_tokens_to_ids(model.encoder.codebook)
+    batch = model.encoder.batch(images, [Row(row.image, row.question) for row in rows])
+    if pixels is not None:
+        batch = batch.with_images(pixels)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:  # from the whole distribution: without top_k transformers takes the best 50
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
+        return _generate(model, batch.to(model.device), max_new_tokens, [], **sampling)
+
+
+@torch.no_grad()
+def generate_members(
+    model: Segmenter,
+    images: Sequence[Image.Image],
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    views: Tensor,
+) -> list[list[Answer]]:
+    """What M members say, in one pass over all: M lists of an answer a row.
+
+    `views` (M, B, 3, H, W): member 0 answers greedily about views[0], member m what `generate` would sample
+    about views[m] under `seed` + m. A word takes a large model about as long for all members as for one.
+    """
+    batch = model.encoder.batch(images, [Row(row.image, row.question) for row in rows]).repeated(views)
+    draws = Draws(len(views), temperature, seed, model.device)
+    said = _generate(model, batch.to(model.device), max_new_tokens, [draws], do_sample=False)
+    return [said[start : start + len(rows)] for start in range(0, len(said), len(rows))]
+
+
+def _generate(
+    model: Segmenter, batch: Batch, max_new_tokens: int, draws: Sequence[LogitsProcessor], **sampling: Any
+) -> list[Answer]:
+    features = model.tower(batch.images)
+    codebook = model.tokenizer.convert_tokens_to_ids(model.encoder.codebook)
+    # read off by a hook: transformers' `output_hidden_states` keeps those of every layer, the image's too
+    states: list[Tensor] = []
+    hook = model.causal.base_model.register_forward_hook(
+        lambda module, given, told: states.append(told.last_hidden_state[:, -1].clone())
+    )
+    try:
         output = model.causal.generate(
             inputs_embeds=model.embed(batch.input_ids, features, batch.image_of_row),
             attention_mask=batch.attention_mask,
             max_new_tokens=max_new_tokens,
             **sampling,
-            logits_processor=LogitsProcessorList([WholeTargets(codebook, model.encoder.image_id)]),
+            logits_processor=LogitsProcessorList([WholeTargets(codebook, model.encoder.image_id), *draws]),
             return_dict_in_generate=True,
-            output_hidden_states=True,
             output_logits=True,
         )
+    finally:
+        hook.remove()
     sequences: Tensor = output.sequences  # (R, t): new tokens only, since embeddings were given
     # step i + 1 reads token i: its hidden state is the one a teacher-forced pass would give
-    steps = [states[-1][:, -1] for states in output.hidden_states[1:]]
-    hidden = torch.stack(steps, dim=1) if steps else features[0].new_zeros((len(rows), 0, 1))
-    logps = torch.stack(output.logits, dim=1).float().log_softmax(-1)
-    logps = logps.gather(-1, sequences.unsqueeze(-1)).squeeze(-1)
-    return _answers(model, batch, features, used, sequences, hidden, logps, codebook)
+    shape = (len(sequences), 0, 1)
+    hidden = torch.stack(states[1:], dim=1) if states[1:] else features[0].new_zeros(shape)
+    logps = torch.stack(
+        [
+            step.float().log_softmax(-1).gather(-1, sequences[:, at, None])[:, 0]
+            for at, step in enumerate(output.logits)
+        ],
+        dim=1,
+    )
+    return _answers(model, batch, features, batch.images, sequences, hidden, logps, codebook)
 
 
 def _answers(

@@ -86,6 +86,7 @@ def _build(params: VisionParams) -> nn.Module:
         force_image_size=params.image_size,
         force_quick_gelu=params.pretrained == "openai",
         require_pretrained=bool(params.pretrained),
+        device=torch.get_default_device(),  # open_clip's own default is the CPU, whatever torch's is
     )
     visual = cast(Any, model.visual)
     visual.prune_intermediate_layers(params.levels, prune_norm=True)

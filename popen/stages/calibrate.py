@@ -217,7 +217,8 @@ def main() -> None:
         write_bundle(BUNDLE, MODELS / "popen", before, score, attention, settings)
         run.curves(Path("artifacts/curves/calibrate.csv"))
 
-        ensemble = members.Ensemble(model, reference, score, attention, params.ensemble, threshold)
+        together = model.device.type == "cuda"
+        ensemble = members.Ensemble(model, reference, score, attention, params.ensemble, threshold, together)
         table = [
             row
             for count in sorted({*SIZES, params.ensemble.members})

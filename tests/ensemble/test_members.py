@@ -100,6 +100,30 @@ def test_untrained_attention_leaves_the_clean_masks(taught: Segmenter, asked: As
         torch.testing.assert_close(one.masks, other.masks, atol=1e-3, rtol=1e-3)
 
 
+def test_members_in_one_pass_are_those_asked_one_by_one(taught: Segmenter, asked: Asked) -> None:
+    images, questions = asked
+    one, all_at_once = (
+        ask(taught, None, *asked, PARAMS, 3, LENGTH, 0.0, 5, together) for together in (False, True)
+    )
+    assert torch.equal(one.pixels, all_at_once.pixels)
+    assert len({tuple(a.text for a in answers) for answers in one.answers}) > 1  # the draws are not all alike
+    for apart, joint in zip(one.answers, all_at_once.answers, strict=True):
+        assert [a.text for a in apart] == [a.text for a in joint]
+        assert [a.token_ids for a in apart] == [a.token_ids for a in joint]
+        for a, b in zip(apart, joint, strict=True):
+            torch.testing.assert_close(a.masks, b.masks, atol=1e-3, rtol=1e-3)
+    np.testing.assert_allclose(one.features, all_at_once.features, atol=1e-4)
+
+    texts = ["the cup {seg} and the fork {seg}", "nothing", "the fork {seg}"]
+    scores = np.arange(9.0).reshape(3, 3)
+    for words in (texts, ["nothing"] * 3):
+        alone, every = (align(taught, images, questions, words, one.pixels, scores, t) for t in (False, True))
+        torch.testing.assert_close(alone.embeddings, every.embeddings, atol=1e-4, rtol=1e-4)
+        assert torch.equal(alone.scores, every.scores)
+        for seen, other in zip(alone.features, every.features, strict=True):
+            torch.testing.assert_close(seen, other, atol=1e-5, rtol=1e-5)
+
+
 def test_member_zero_is_clean_and_greedy_and_the_others_are_drawn(taught: Segmenter, asked: Asked) -> None:
     images, questions = asked
     said = say(taught, asked, members=4)
