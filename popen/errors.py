@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import errno
 
+
+class ModelError(ValueError):
+    """A model cannot be read or built; the message says which file or parameter, and what to do."""
+
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # How libraries whose errors have no number word it: safetensors, then torch.save, which does not know why
 # a write failed; a full disk is the likely cause.

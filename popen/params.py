@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -81,6 +81,9 @@ class LanguageParams(Group):
     lora_r: int = Field(ge=0)  # 0: the language model trains in full
     lora_alpha: Positive
     lora_targets: list[str]
+    # defaults: models saved before these two have neither
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights frozen under LoRA; what trains is float32
+    checkpointing: bool = False  # training keeps each block's input alone and computes the rest again
 
 
 class DecoderParams(Group):
@@ -210,6 +213,12 @@ class Params(Group):
     ensemble: EnsembleParams
     evaluate: EvaluateParams
     gate: GateParams
+
+    @model_validator(mode="after")
+    def _published_towers_are_frozen(self) -> Self:
+        if self.sft.vision > 0 and not self.model.vision.untrained:
+            raise ValueError("sft.vision must be 0 where model.vision.pretrained names weights: they are frozen")
+        return self
 
 
 class ParamsError(ValueError):
