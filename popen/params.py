@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -17,6 +25,11 @@ def _a_range(sides: tuple[float, float]) -> tuple[float, float]:
     if not 0.0 < sides[0] <= sides[1] <= 1.0:
         raise ValueError(f"must be 0 < low <= high <= 1, not {list(sides)}")
     return sides
+
+
+def _without_nulls(roles: Any) -> Any:
+    """A composition (conf/) cannot delete a role of its base, but set it to null."""
+    return {k: v for k, v in roles.items() if v is not None} if isinstance(roles, dict) else roles
 
 
 Sides = Annotated[tuple[float, float], AfterValidator(_a_range)]  # of a rectangle, parts of the image's side
@@ -49,7 +62,8 @@ class ScenesParams(Group):
 class DataParams(Group):
     root: str
     max_pixels: Positive  # larger images are refused before they are decoded
-    splits: dict[str, list[str]]  # role -> native splits, "muse/train" or a part "muse/train[:80%]"
+    # role -> native splits, "muse/train" or a part "muse/train[:80%]"; a role that is null is left out
+    splits: Annotated[dict[str, list[str]], BeforeValidator(_without_nulls)]
 
 
 class ContractParams(Group):
@@ -217,7 +231,7 @@ class Params(Group):
     @model_validator(mode="after")
     def _published_towers_are_frozen(self) -> Self:
         if self.sft.vision > 0 and not self.model.vision.untrained:
-            raise ValueError("sft.vision must be 0 where model.vision.pretrained names weights: they are frozen")
+            raise ValueError("sft.vision must be 0: weights that model.vision.pretrained names are frozen")
         return self
 
 

@@ -104,7 +104,7 @@ def build_language(
     if params.lora_r:
         language = _with_adapters(language, params, new)
     if params.checkpointing:
-        language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        language.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return language, projector
 
 
