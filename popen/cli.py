@@ -49,6 +49,30 @@ def scenes(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="A model of conf/model, such as llava-7b.", show_default="params.yaml"
+        ),
+    ] = None,
+) -> None:
+    """Say how many parameters a configuration has and which train, and what memory a step of SFT takes."""
+    from popen import params as parameters
+    from popen.pipeline import find_root
+    from popen.stages.run import QUIET
+
+    for key, value in QUIET.items():  # read when the libraries are imported, below
+        os.environ.setdefault(key, value)
+    root = find_root(Path.cwd())
+    chosen = parameters.compose(root / "conf", [f"model={model}"] if model else [])
+
+    from popen.footprint import table
+
+    typer.echo(table(chosen))
+
+
+@app.command()
 def predict(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG, WebP, BMP, TIFF or GIF file.")],
     question: Annotated[

@@ -247,8 +247,30 @@ def load(path: Path = Path("params.yaml")) -> Params:
         raise ParamsError(f"{path}: no such file; run inside a clone of the project") from None
     except yaml.YAMLError as error:
         raise ParamsError(f"{path} is not valid YAML: {error}") from None
+    return _checked(raw, str(path))
+
+
+def compose(conf: Path, choices: list[str]) -> Params:
+    """params.yaml with choices of conf/ ("model=llava-7b"), as `dvc exp run -S` composes it.
+
+    Raises ParamsError for a choice that is not there, and for keys that do not fit.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    try:
+        with initialize_config_dir(str(conf.resolve()), version_base=None):
+            raw = OmegaConf.to_object(hydra_compose("config", overrides=choices))
+    except HydraException as error:
+        raise ParamsError(f"{conf}, {' '.join(choices)}: {' '.join(str(error).split())}") from None
+    return _checked(raw, f"{conf}, {' '.join(choices)}")
+
+
+def _checked(raw: object, where: str) -> Params:
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ParamsError(f"{path} does not fit:\n" + "\n".join(lines)) from None
+        raise ParamsError(f"{where} does not fit:\n" + "\n".join(lines)) from None

@@ -90,8 +90,8 @@ def _build(params: VisionParams, pretrained: bool) -> nn.Module:
     try:
         model = open_clip.create_model(
             params.name,
-            pretrained=params.pretrained or None,
-            load_weights=pretrained,
+            pretrained=(pretrained and params.pretrained) or None,
+            device=torch.get_default_device(),
             force_image_size=params.image_size,  # position embeddings of another size are interpolated
             force_quick_gelu=params.pretrained == "openai",
             require_pretrained=pretrained and not params.untrained,
