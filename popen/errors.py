@@ -39,3 +39,8 @@ def explain(error: BaseException) -> str | None:
 def one_line(error: BaseException) -> str:
     """The first line of an error's text, 200 characters at most; its type where there is no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def flat(error: BaseException) -> str:
+    """All lines of a library's error as one, 300 characters at most."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

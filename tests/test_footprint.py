@@ -69,7 +69,7 @@ def test_bytes_are_those_of_a_real_model(picture: Image.Image, sample: Sample, t
     model = Segmenter(params, load_tokenizer(tmp_path / "llava"), CATEGORIES).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     weights = WEIGHTS.model_copy(update={"dense": 0.1, "describe": 0.1, "point": 0.1, "inventory": 0.1})
-    named = [replace(row, kinds=["cup", "fork"][: row.answer.count("{seg}")]) for row in rows(sample)]
+    named = [replace(row, kinds=["cup", "fork"][: (row.answer or "").count("{seg}")]) for row in rows(sample)]
     batch = model.encoder.batch([picture], named, [sample])
     for _ in range(2):
         sft_loss(model(batch), batch, weights)[0].backward()

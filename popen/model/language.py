@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popen.errors import ModelError, one_line
+from popen.errors import ModelError, flat
 from popen.model.published import load_published, read_config, text_config
 from popen.params import LanguageParams
 
@@ -49,7 +49,7 @@ def load_tokenizer(folder_or_name: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(folder_or_name), padding_side="left")
     except Exception as error:  # transformers raises many kinds
         raise ModelError(
-            f"{folder_or_name}: no usable tokenizer ({one_line(error)}); get the whole folder again"
+            f"{folder_or_name}: no usable tokenizer ({flat(error)}); get the whole folder again"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

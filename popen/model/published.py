@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from popen.errors import ModelError, one_line
+from popen.errors import ModelError, flat
 from popen.params import VisionParams
 
 
@@ -23,7 +23,7 @@ def read_config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name)
     except Exception as error:  # transformers raises many kinds
-        raise ModelError(f"{name}: no usable config.json ({one_line(error)}); {_REMEDY}") from error
+        raise ModelError(f"{name}: no usable config.json ({flat(error)}); {_REMEDY}") from error
 
 
 def text_config(config: Any) -> Any:
@@ -47,7 +47,7 @@ def load_published(name: str, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor
             name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
     except Exception as error:  # of transformers, safetensors, torch or the file system
-        raise ModelError(f"{name}: the weights cannot be read ({one_line(error)}); {_REMEDY}") from error
+        raise ModelError(f"{name}: the weights cannot be read ({flat(error)}); {_REMEDY}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(map(str, report[what])):
             some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

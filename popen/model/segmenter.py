@@ -235,6 +235,9 @@ class Segmenter(nn.Module):
         except (ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(f"{folder / 'config.json'} cannot be used ({reason}); train it again") from error
+        if params.language.name == "..":  # of an exported model, which may have been moved
+            language = params.language.model_copy(update={"name": str(folder.resolve().parent)})
+            params = params.model_copy(update={"language": language})
         model = cls(params, load_tokenizer(folder), categories)
         try:
             state = load_file(folder / "model.safetensors")

@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from popen.errors import ModelError, one_line
+from popen.errors import ModelError, flat
 from popen.params import VisionParams
 
 # OpenAI CLIP's normalisation of images in [0, 1]; used for towers of our own too.
@@ -101,6 +101,6 @@ def _build(params: VisionParams, pretrained: bool) -> nn.Module:
     except Exception as error:  # of open_clip, torch, safetensors or the hub
         raise ModelError(
             f"model.vision: {params.name} with the weights {params.pretrained or 'none'!r} cannot be built "
-            f"({one_line(error)}); name a tag of open_clip's or a whole checkpoint file in pretrained"
+            f"({flat(error)}); name a tag of open_clip's or a whole checkpoint file in pretrained"
         ) from error
     return cast(nn.Module, visual)
