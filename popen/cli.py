@@ -42,10 +42,59 @@ def scenes(
     from popen import params as parameters
     from popen.data.scenes.export import write_tree
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists and is not an empty folder; name another one or remove it")
+    _must_be_new(out)
     write_tree(out, parameters.load(params).scenes)
     typer.echo(f"wrote {out}")
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A trained model on LLaVA-1.5.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder to make; it must not exist or be empty.")
+    ],
+) -> None:
+    """Write MODEL as a LLaVA-1.5 in the hub's layout, adapters merged, with its masks' part beside it."""
+    from popen.stages.run import QUIET
+
+    _must_be_new(folder)
+    for key, value in QUIET.items():  # read when the libraries are imported, below
+        os.environ.setdefault(key, value)
+
+    from popen.model.export import PARTS
+    from popen.model.export import export as write
+
+    write(model / "model" if (model / "settings.json").is_file() else model, folder)
+    typer.echo(f"wrote {folder} (words) and {folder / PARTS} (masks; popen predict --model reads it)")
+
+
+def _must_be_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not an empty folder; name another one or remove it")
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="A model of conf/model, such as llava-7b.", show_default="params.yaml"
+        ),
+    ] = None,
+) -> None:
+    """Say how many parameters a configuration has and which train, and what memory a step of SFT takes."""
+    from popen import params as parameters
+    from popen.pipeline import find_root
+    from popen.stages.run import QUIET
+
+    for key, value in QUIET.items():  # read when the libraries are imported, below
+        os.environ.setdefault(key, value)
+    root = find_root(Path.cwd())
+    chosen = parameters.compose(root / "conf", [f"model={model}"] if model else [])
+
+    from popen.footprint import table
+
+    typer.echo(table(chosen))
 
 
 @app.command()

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import errno
 
+
+class ModelError(ValueError):
+    """A model cannot be read or built; the message says which file or parameter, and what to do."""
+
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # How libraries whose errors have no number word it: safetensors, then torch.save, which does not know why
 # a write failed; a full disk is the likely cause.
@@ -34,3 +39,8 @@ def explain(error: BaseException) -> str | None:
 def one_line(error: BaseException) -> str:
     """The first line of an error's text, 200 characters at most; its type where there is no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def flat(error: BaseException) -> str:
+    """All lines of a library's error as one, 300 characters at most."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -17,6 +25,11 @@ def _a_range(sides: tuple[float, float]) -> tuple[float, float]:
     if not 0.0 < sides[0] <= sides[1] <= 1.0:
         raise ValueError(f"must be 0 < low <= high <= 1, not {list(sides)}")
     return sides
+
+
+def _without_nulls(roles: Any) -> Any:
+    """A composition (conf/) cannot delete a role of its base, but set it to null."""
+    return {k: v for k, v in roles.items() if v is not None} if isinstance(roles, dict) else roles
 
 
 Sides = Annotated[tuple[float, float], AfterValidator(_a_range)]  # of a rectangle, parts of the image's side
@@ -49,7 +62,8 @@ class ScenesParams(Group):
 class DataParams(Group):
     root: str
     max_pixels: Positive  # larger images are refused before they are decoded
-    splits: dict[str, list[str]]  # role -> native splits, "muse/train" or a part "muse/train[:80%]"
+    # role -> native splits, "muse/train" or a part "muse/train[:80%]"; a role that is null is left out
+    splits: Annotated[dict[str, list[str]], BeforeValidator(_without_nulls)]
 
 
 class ContractParams(Group):
@@ -81,6 +95,9 @@ class LanguageParams(Group):
     lora_r: int = Field(ge=0)  # 0: the language model trains in full
     lora_alpha: Positive
     lora_targets: list[str]
+    # defaults: models saved before these two have neither
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of weights frozen under LoRA; what trains is float32
+    checkpointing: bool = False  # training keeps each block's input alone and computes the rest again
 
 
 class DecoderParams(Group):
@@ -211,6 +228,12 @@ class Params(Group):
     evaluate: EvaluateParams
     gate: GateParams
 
+    @model_validator(mode="after")
+    def _published_towers_are_frozen(self) -> Self:
+        if self.sft.vision > 0 and not self.model.vision.untrained:
+            raise ValueError("sft.vision must be 0: weights that model.vision.pretrained names are frozen")
+        return self
+
 
 class ParamsError(ValueError):
     """`params.yaml` cannot be used; the message names the key and what is wrong with it."""
@@ -224,8 +247,30 @@ def load(path: Path = Path("params.yaml")) -> Params:
         raise ParamsError(f"{path}: no such file; run inside a clone of the project") from None
     except yaml.YAMLError as error:
         raise ParamsError(f"{path} is not valid YAML: {error}") from None
+    return _checked(raw, str(path))
+
+
+def compose(conf: Path, choices: list[str]) -> Params:
+    """params.yaml with choices of conf/ ("model=llava-7b"), as `dvc exp run -S` composes it.
+
+    Raises ParamsError for a choice that is not there, and for keys that do not fit.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    try:
+        with initialize_config_dir(str(conf.resolve()), version_base=None):
+            raw = OmegaConf.to_object(hydra_compose("config", overrides=choices))
+    except HydraException as error:
+        raise ParamsError(f"{conf}, {' '.join(choices)}: {' '.join(str(error).split())}") from None
+    return _checked(raw, f"{conf}, {' '.join(choices)}")
+
+
+def _checked(raw: object, where: str) -> Params:
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ParamsError(f"{path} does not fit:\n" + "\n".join(lines)) from None
+        raise ParamsError(f"{where} does not fit:\n" + "\n".join(lines)) from None

@@ -106,6 +106,9 @@ class Encoder:
         self.categories = list(categories)
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self.first_id = tokenizer.convert_tokens_to_ids(self.codebook[0])
+        # Llama's kind of tokenizer puts a space before a text, which the text behind the image must not get
+        alone, behind = (tokenizer.encode(text, add_special_tokens=False) for text in ("\n", IMAGE + "\n"))
+        self.spaces = len(alone) - len(behind[1:])
 
     @property
     def prefix_ids(self) -> list[int]:
@@ -118,7 +121,8 @@ class Encoder:
         """Ids of the prompt behind the image."""
         text = PROMPT.partition(IMAGE)[2].format(question=question)
         # a question that spells a special token ("<image>") gets its letters, never the token
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids[self.spaces :]
 
     def answer_ids(self, answer: str) -> list[int]:
         """Ids of an answer with `{seg}`, closed by the end token."""

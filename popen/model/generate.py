@@ -178,15 +178,19 @@ def _answers(
     return [Answer(*fields) for fields in per_row]
 
 
-def _text(tokenizer: object, ids: list[int], codebook: list[int]) -> str:
+def _text(tokenizer: Any, ids: list[int], codebook: list[int]) -> str:
     """Ids -> text, each whole target as `{seg}`."""
-    decode = tokenizer.decode  # type: ignore[attr-defined]
-    pieces, words = [], list[int]()
+    pieces, special = [list[int]()], {*tokenizer.all_special_ids, *codebook}
     for token in ids:
         if token == codebook[0]:
-            pieces.append(decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            words = []
-        elif token not in codebook:
-            words.append(token)
-    pieces.append(decode(words, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return SEG.join(pieces).strip()
+            pieces.append([])
+        elif token not in special:
+            pieces[-1].append(token)
+    # Llama's decoder takes a space off the start of what it gets: a piece behind a target brings the target's
+    # first token along, and keeps its space
+    first, *rest = [
+        tokenizer.decode(codebook[:1] * (number > 0) + words, clean_up_tokenization_spaces=False)
+        for number, words in enumerate(pieces)
+    ]
+    name = tokenizer.decode(codebook[:1])
+    return SEG.join([first, *(piece.removeprefix(name) for piece in rest)]).strip()

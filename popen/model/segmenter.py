@@ -5,27 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from popen.errors import ModelError as ModelError
 from popen.model.batches import Batch, Encoder
 from popen.model.codebook import Codebook, token_names
 from popen.model.decoder import Neck, PixelDecoder
 from popen.model.dense import dense_head
 from popen.model.language import IMAGE, build_language, load_tokenizer
+from popen.model.published import check_llava, read_config
 from popen.model.vision import Tower
 from popen.params import ModelParams
 
 COUNTED = 3  # of a kind, up to which number the inventory counts
 PARTS = 3  # of a batch's rows, sorted by length
-
-
-class ModelError(ValueError):
-    """A saved model cannot be used; the message says which file and what to do."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,10 @@ class Segmenter(nn.Module):
         params: sizes and names of the parts.
         tokenizer: without our special tokens; they are added here.
         categories: kinds of the dense auxiliary loss.
-        pretrained: load the weights of a named LM (False: a saved state follows).
+        pretrained: load the weights of a named LM and tower (False: theirs start at random).
+
+    A tower with published weights is frozen; of a language model with LoRA only what `build_language` says
+    trains. Raises ModelError where a named part cannot be used.
     """
 
     def __init__(
@@ -69,12 +70,16 @@ class Segmenter(nn.Module):
         scales, width = len(params.vision.levels), params.decoder.width
         names = token_names(scales, params.decoder.tokens)
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE, *names]})
-        self.tower = Tower(params.vision)
-        self.language = build_language(
-            params.language, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, pretrained
+        self.tower = Tower(params.vision, pretrained)
+        self.language, projector = build_language(
+            params.language, tokenizer, tokenizer.convert_tokens_to_ids(names), pretrained
         )
-        hidden = self.language.get_input_embeddings().embedding_dim
+        hidden = self.causal.config.hidden_size
         self.projector = Projector(self.tower.widths[0], params.vision.shuffle, hidden)
+        if projector is not None:
+            image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+            check_llava(read_config(params.language.name), params.vision, self.tower.widths[0], image_id)
+            self.projector.load_state_dict(projector)
         self.codebook = Codebook(scales, params.decoder.tokens, hidden, width, self.tower.widths[0])
         self.neck = Neck(self.tower.widths, self.tower.grids, width)
         self.decoder = PixelDecoder(params.decoder, scales, params.vision.image_size)
@@ -88,6 +93,11 @@ class Segmenter(nn.Module):
             params.vision.image_size,
             categories,
         )
+        # a named base model provides what it brought and nothing trains, whatever a stage freezes later
+        trains = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+        own = {"language.": params.language.name == "custom", "tower.": params.vision.untrained}
+        base = tuple(part for part, ours in own.items() if not ours)
+        self.provided = {name for name in self.state_dict() if name.startswith(base)} - trains
 
     @property
     def causal(self) -> Any:
@@ -116,10 +126,19 @@ class Segmenter(nn.Module):
         Rows that share an image share its tokens' pass: the prefix runs once an image, and its keys and
         values are handed to the rows. Those run in parts of about equal length, without the padding that
         the batch's longest row asks of all. The same numbers as a pass over whole rows, for less work.
+        Under gradient checkpointing there is no cache to share, and training passes over whole rows.
         """
         from transformers import DynamicCache
 
         places = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+        if self.training and self.params.language.checkpointing:
+            whole = self.causal.base_model(
+                inputs_embeds=self.embed(batch.input_ids, features, batch.image_of_row),
+                attention_mask=batch.attention_mask,
+                position_ids=places,
+                use_cache=False,
+            )
+            return cast(Tensor, whole.last_hidden_state)
         n, images = len(self.encoder.prefix_ids), len(features[0])
         everywhere = torch.arange(images, device=places.device)
         prefix = self.causal.base_model(
@@ -187,14 +206,9 @@ class Segmenter(nn.Module):
     # -- saving: what a named base model provides and nothing trains is not written again
 
     def _kept(self) -> dict[str, Tensor]:
-        frozen = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        named = (self.params.language.name != "custom", not self.params.vision.untrained)
         kept, seen = {}, set[int]()
         for name, tensor in self.state_dict().items():
-            from_base = (name.startswith("language.") and named[0]) or (
-                name.startswith("tower.") and named[1]
-            )
-            if (from_base and name in frozen) or tensor.data_ptr() in seen:
+            if name in self.provided or tensor.data_ptr() in seen:
                 continue
             seen.add(tensor.data_ptr())
             kept[name] = tensor.detach().contiguous()
@@ -221,6 +235,9 @@ class Segmenter(nn.Module):
         except (ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(f"{folder / 'config.json'} cannot be used ({reason}); train it again") from error
+        if params.language.name == "..":  # of an exported model, which may have been moved
+            language = params.language.model_copy(update={"name": str(folder.resolve().parent)})
+            params = params.model_copy(update={"language": language})
         model = cls(params, load_tokenizer(folder), categories)
         try:
             state = load_file(folder / "model.safetensors")

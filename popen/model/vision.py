@@ -8,6 +8,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from popen.errors import ModelError, flat
 from popen.params import VisionParams
 
 # OpenAI CLIP's normalisation of images in [0, 1]; used for towers of our own too.
@@ -22,9 +23,13 @@ class Tower(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, params: VisionParams) -> None:
+    def __init__(self, params: VisionParams, pretrained: bool = True) -> None:
+        """`pretrained` False leaves published weights out: the tower starts at random.
+
+        Raises ModelError for weights that cannot be read or do not fit, and for a level that is not there.
+        """
         super().__init__()
-        self.net: Any = _build(params)
+        self.net: Any = _build(params, pretrained)
         self.levels = params.levels
         self.places: nn.ParameterList | None = None
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
@@ -36,6 +41,8 @@ class Tower(nn.Module):
         # a ViT's features know their place; those of convolutions must be told it
         own = params.name.startswith(OWN)
         self.places = nn.ParameterList(_sincos(*level.shape[1:]) for level in probe) if own else None
+        if not params.untrained:
+            self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
         """A frozen tower stays in evaluation mode: its batch statistics are frozen with its weights."""
@@ -64,7 +71,7 @@ def _sincos(width: int, height: int, breadth: int) -> nn.Parameter:
     return nn.Parameter(0.5 * grid.permute(2, 0, 1)[None])
 
 
-def _build(params: VisionParams) -> nn.Module:
+def _build(params: VisionParams, pretrained: bool) -> nn.Module:
     """The image encoder, cut down to what the levels need (what none needs would never train)."""
     import open_clip  # 4 s of imports: only where a tower is built
     from open_clip.timm_model import TimmModel
@@ -80,14 +87,20 @@ def _build(params: VisionParams) -> nn.Module:
         net.trunk.prune_intermediate_layers(params.levels, prune_head=True)
         net.head = nn.Identity()
         return net
-    model = open_clip.create_model(
-        params.name,
-        pretrained=params.pretrained or None,
-        force_image_size=params.image_size,
-        force_quick_gelu=params.pretrained == "openai",
-        require_pretrained=bool(params.pretrained),
-        device=torch.get_default_device(),  # open_clip's own default is the CPU, whatever torch's is
-    )
-    visual = cast(Any, model.visual)
-    visual.prune_intermediate_layers(params.levels, prune_norm=True)
+    try:
+        model = open_clip.create_model(
+            params.name,
+            pretrained=(pretrained and params.pretrained) or None,
+            device=torch.get_default_device(),  # open_clip's own default is the CPU, whatever torch's is
+            force_image_size=params.image_size,  # position embeddings of another size are interpolated
+            force_quick_gelu=params.pretrained == "openai",
+            require_pretrained=pretrained and not params.untrained,
+        )
+        visual = cast(Any, model.visual)
+        visual.prune_intermediate_layers(params.levels, prune_norm=True)
+    except Exception as error:  # of open_clip, torch, safetensors or the hub
+        raise ModelError(
+            f"model.vision: {params.name} with the weights {params.pretrained or 'none'!r} cannot be built "
+            f"({flat(error)}); name a tag of open_clip's or a whole checkpoint file in pretrained"
+        ) from error
     return cast(nn.Module, visual)

@@ -68,7 +68,7 @@ def same(first: Segmenter, second: Segmenter, picture: Image.Image, sample: Samp
     torch.testing.assert_close(one.masks, other.masks)
 
 
-def test_lora_trains_its_adapters_and_the_embedding_alone(
+def test_lora_trains_its_adapters_and_the_codebooks_rows_alone(
     picture: Image.Image, sample: Sample, tmp_path: Path
 ) -> None:
     model = with_language(lora_r=2)
@@ -76,7 +76,9 @@ def test_lora_trains_its_adapters_and_the_embedding_alone(
     assert {name.split(".")[-3] for name in moved if "lora_" in name} == {"lora_A", "lora_B"}
     assert {name.split(".")[-4] for name in moved if "lora_" in name} == {"q_proj", "v_proj"}
     assert len([name for name in moved if "lora_" in name]) == 2 * 2 * 2  # A and B, two targets, two layers
-    assert {name.split(".")[-2] for name in moved if "lora_" not in name} == {"embed_tokens"}  # tied
+    rows_of = [name for name in moved if "lora_" not in name]
+    assert [name.split(".")[-4] for name in rows_of] == ["embed_tokens"]  # tied: those of the head are these
+    assert dict(model.named_parameters())[rows_of[0]].shape == (4, 32)  # S x K rows
     model.save(tmp_path)
     same(model, Segmenter.load(tmp_path), picture, sample)
 
@@ -112,14 +114,14 @@ def test_a_language_model_by_folder_brings_its_weights(
 ) -> None:
     model = with_language(name=str(llama), lora_r=2)
     base = LlamaForCausalLM.from_pretrained(llama)
-    mine, theirs = model.causal.model.embed_tokens.weight, base.model.embed_tokens.weight
+    mine, theirs = model.language.get_input_embeddings().weight, base.model.embed_tokens.weight
     assert len(mine) == len(TOKENIZER) + 5 == len(model.tokenizer)  # an image token and S x K = 4 others
     torch.testing.assert_close(mine[: len(TOKENIZER)], theirs[: len(TOKENIZER)])
     gate = "model.layers.1.mlp.gate_proj.weight"
     torch.testing.assert_close(model.causal.state_dict()[gate], base.state_dict()[gate])
 
     moved = {name for name in step(model, picture, sample) if name.startswith("language.")}
-    assert {n.split(".")[-2] for n in moved if "lora_" not in n} == {"embed_tokens", "lm_head"}
+    assert {n.split(".")[-4] for n in moved if "lora_" not in n} == {"embed_tokens", "lm_head"}
     model.save(tmp_path / "saved")
     kept = load_file(tmp_path / "saved" / "model.safetensors")
     assert {name for name in kept if name.startswith("language.")} == moved  # not the base model's weights

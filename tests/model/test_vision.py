@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from popen.errors import ModelError
 from popen.model.losses import sft_loss
 from popen.model.segmenter import Segmenter
 from popen.model.vision import MEAN, STD, Tower
@@ -69,6 +70,47 @@ def test_weights_come_from_a_named_file(tmp_path: Path) -> None:
     tower = Tower(vit(size=32, pretrained=str(tmp_path / "clip.pt")))
     name = "transformer.resblocks.1.mlp.c_fc.weight"
     torch.testing.assert_close(tower.net.state_dict()[name], published.visual.state_dict()[name])
+
+
+def test_positions_are_interpolated_to_the_image_size(tmp_path: Path) -> None:
+    """A checkpoint for 32 pixels (4 x 4 places) read for 48 (6 x 6); all else as in the file, and frozen."""
+    torch.manual_seed(3)
+    published = open_clip.create_model(VIT)
+    torch.save(published.state_dict(), tmp_path / "clip.pt")
+    tower = Tower(vit(size=48, pretrained=str(tmp_path / "clip.pt"))).train()
+    whole, places = published.visual.state_dict(), tower.net.positional_embedding.detach()
+    grid = whole["positional_embedding"][1:].view(1, 4, 4, 64).permute(0, 3, 1, 2)
+    larger = torch.nn.functional.interpolate(grid, size=(6, 6), mode="bicubic", antialias=True)
+    torch.testing.assert_close(places[1:], larger[0].flatten(1).T)
+    torch.testing.assert_close(places[0], whole["positional_embedding"][0])  # the class token's
+    rest = {name: value for name, value in tower.net.state_dict().items() if name != "positional_embedding"}
+    assert all(torch.equal(value, whole[name]) for name, value in rest.items())
+    assert not any(parameter.requires_grad for parameter in tower.parameters())
+    assert not tower.training  # in training, too
+
+
+def test_openais_weights_ask_for_their_activation() -> None:
+    kinds = {
+        pretrained: type(Tower(vit(pretrained=pretrained), False).net.transformer.resblocks[0].mlp.gelu)
+        for pretrained in ("openai", "")
+    }
+    assert kinds == {"openai": open_clip.transformer.QuickGELU, "": torch.nn.GELU}
+
+
+def test_a_tower_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "clip.pt"
+    state = open_clip.create_model(VIT).state_dict()
+    torch.save({name: value for name, value in state.items() if name != "visual.conv1.weight"}, file)
+    with pytest.raises(ModelError, match=r"Missing key.*visual\.conv1\.weight"):
+        Tower(vit(pretrained=str(file)))
+    torch.save(state, file)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ModelError, match=f"{VIT} with the weights '{file}' cannot be built"):
+        Tower(vit(pretrained=str(file)))
+    with pytest.raises(ModelError, match="not a known tag or valid file"):
+        Tower(vit(pretrained="openay"))
+    with pytest.raises(ModelError, match="cannot be built"):
+        Tower(vit(levels=(7, 0)))
 
 
 def test_a_named_tower_is_a_change_of_parameters_alone(
