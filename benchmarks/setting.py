@@ -82,7 +82,7 @@ def llava_7b(folder: Path) -> Scale:
             lora_r=8,
             lora_alpha=16,
             lora_targets=["q_proj", "v_proj"],
-            **({"dtype": "bfloat16"} if "dtype" in LanguageParams.model_fields else {}),
+            dtype="bfloat16",
         ),
         decoder=DecoderParams(width=256, heads=8, layers=1, tokens=3, detail=0),
     )
