@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from popen.data.tree import parse
-from popen.params import load
+from popen.params import compose, load
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -28,12 +27,8 @@ def experiments() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("overrides", experiments(), ids=lambda words: f"{len(words)} overrides")
-def test_documented_experiments_are_valid_parameters(overrides: list[str], tmp_path: Path) -> None:
-    from dvc.utils.hydra import apply_overrides
-
-    path = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
-    apply_overrides(str(path), overrides)
-    params = load(path)
+def test_documented_experiments_are_valid_parameters(overrides: list[str]) -> None:
+    params = compose(ROOT / "conf", overrides)
     assert overrides
     assert params != load(ROOT / "params.yaml")
     assert set(params.benchmarks) <= params.data.splits.keys()

@@ -7,6 +7,7 @@ open_clip's, so that position embeddings can be interpolated to another image si
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,10 +45,16 @@ def load_published(name: str, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor
     kind: Any = LlavaForConditionalGeneration if llava else AutoModelForCausalLM
     try:
         model, report = kind.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            name,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
         )
     except Exception as error:  # of transformers, safetensors, torch or the file system
-        raise ModelError(f"{name}: the weights cannot be read ({flat(error)}); {_REMEDY}") from error
+        broken = [path.name for path in sorted(Path(name).glob("*.safetensors")) if not _opens(path)]
+        which = f" of {', '.join(broken)}" if broken else ""
+        raise ModelError(f"{name}: the weights{which} cannot be read ({flat(error)}); {_REMEDY}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(map(str, report[what])):
             some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
@@ -65,6 +72,16 @@ def load_published(name: str, dtype: torch.dtype) -> tuple[Any, dict[str, Tensor
     return language, {
         f"{names[key.split('.')[0]]}.{key.split('.')[1]}": value.float() for key, value in state.items()
     }
+
+
+def _opens(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def check_llava(config: Any, vision: VisionParams, width: int, image_id: int) -> None:

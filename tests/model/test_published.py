@@ -246,10 +246,10 @@ def _other_image_token(folder: Path) -> None:
     ("spoil", "problem"),
     [
         (_missing_shard, "the weights cannot be read"),
-        (_half_a_shard, "the weights cannot be read"),
+        (_half_a_shard, r"the weights of model-00002-of-\d+\.safetensors cannot be read"),
         (_weights_left_out, "missing keys: "),
         (_more_layers_in_the_files, "unexpected keys: .*layers"),
-        (_wider_than_the_files, "cannot be read|mismatched"),
+        (_wider_than_the_files, r"mismatched keys: .*mlp.*64"),
         (_no_config, r"no usable config\.json"),
         (_no_tokenizer, "no usable tokenizer|another model's tokenizer"),
         (_other_image_token, "another model's tokenizer"),
