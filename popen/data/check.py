@@ -96,8 +96,11 @@ def _split(
     found.missing_files = [file for file in files if not (root / file).exists()]
     if found.missing_files:
         return found
+    reading = tqdm(
+        tree.read(root, split), desc=f"read {split}", unit=" samples", leave=False, mininterval=1.0
+    )
     try:
-        items = list(tqdm(tree.read(root, split), desc=f"read {split}", unit=" samples", leave=False))
+        items = list(reading)
     except TreeError as error:
         found.broken = [Broken(files[0], "", str(error))]
         return found
@@ -143,7 +146,12 @@ def _facts(
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         looked = tqdm(
-            pool.map(look, paths), total=len(paths), desc=f"images {split}", unit=" images", leave=False
+            pool.map(look, paths),
+            total=len(paths),
+            desc=f"images {split}",
+            unit=" images",
+            leave=False,
+            mininterval=1.0,
         )
         return {path: fact for path, fact in zip(paths, looked, strict=True) if fact is not None}
 
