@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popen import cli_models
+from popen import cli_data, cli_models
 from popen.errors import explain
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_models.app, name="models")
 
 

@@ -20,6 +20,7 @@ from popen.data.records import (
     load_json,
     take,
     to_rle,
+    unusable,
 )
 from popen.samples import SEG, Region, Rle, Sample
 
@@ -31,6 +32,11 @@ def path(split: str) -> str:
     if split == "train":
         return "GranDf/annotations/train/GranDf_HA_GCG_train.json"
     return f"GranDf/annotations/val_test/{split}_gcg_coco_caption_gt.json"
+
+
+def mask_path(split: str) -> str:
+    """Of val and test: the file with the masks of the captions."""
+    return path(split).replace("caption_gt", "mask_gt")
 
 
 def read(root: Path, split: str) -> Iterator[Sample | Broken]:
@@ -51,13 +57,13 @@ def _read_train(root: Path) -> Iterator[Sample | Broken]:
                 phrases.append((span, phrase, _union(take(grounding, "rle_masks", list), height, width)))
             yield _sample("train", str(index), f"{file}#{index}", image, (height, width), caption, phrases)
         except (RecordError, ImageError) as error:
-            yield Broken(file, str(index), str(error))
+            yield unusable(file, str(index), error)
 
 
 def _read_eval(root: Path, split: str) -> Iterator[Sample | Broken]:
     """COCO form: captions with labels in one file, masks in another, joined on the image; the n-th
     label of an image belongs to its n-th mask."""
-    file, mask_file = path(split), path(split).replace("caption_gt", "mask_gt")
+    file, mask_file = path(split), mask_path(split)
     content = load_json(root, mask_file, dict)
     try:
         captions = take(load_json(root, file, dict), "annotations", list)

@@ -19,6 +19,10 @@ class ImageError(ValueError):
     """An image file cannot be used; the message names it, what is wrong and the remedy."""
 
 
+class AbsentImageError(ImageError):
+    """There is no such file."""
+
+
 def locate(root: Path, relative: str) -> Path:
     """The file `relative` below `root`. Raises ImageError when it lies outside, also through a link."""
     base = root.resolve()
@@ -26,7 +30,7 @@ def locate(root: Path, relative: str) -> Path:
     if not path.is_relative_to(base):
         raise ImageError(f"{relative}: lies outside of the data root {root}; copy or hard-link it into it")
     if not path.is_file():
-        raise ImageError(f"{relative}: no such file below {root}; fetch the images or correct the path")
+        raise AbsentImageError(f"{relative}: no such file below {root}; fetch the images or correct the path")
     return path
 
 
@@ -43,9 +47,11 @@ def _header(source: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
         raise ImageError(f"{name}: not a readable image ({error}); fetch or convert it again") from None
 
 
-def image_size(root: Path, relative: str) -> tuple[int, int]:
-    """(height, width) from the header alone. Raises ImageError."""
+def image_size(root: Path, relative: str, max_pixels: int | None = None) -> tuple[int, int]:
+    """(height, width) from the header alone. Raises ImageError, also on more than `max_pixels` pixels."""
     with _header(locate(root, relative), relative) as image:
+        if max_pixels is not None:
+            _refuse_larger(image, relative, max_pixels)
         return image.height, image.width
 
 
@@ -65,12 +71,16 @@ def decode_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
 
 def _decoded(source: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
     with _header(source, name) as image:
-        if image.width * image.height > max_pixels:
-            raise ImageError(
-                f"{name}: {image.width} x {image.height} pixels are more than the {max_pixels} allowed; "
-                "scale it down or raise data.max_pixels"
-            )
+        _refuse_larger(image, name, max_pixels)
         return image.convert("RGB")
+
+
+def _refuse_larger(image: Image.Image, name: str, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            f"{name}: {image.width} x {image.height} pixels are more than the {max_pixels} allowed; "
+            "scale it down or raise data.max_pixels"
+        )
 
 
 def digest(path: Path) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from popen import masks
-from popen.data.images import ImageError, image_size
-from popen.data.records import Broken, RecordError, TreeError, load_json, take, to_rle
+from popen.data.images import AbsentImageError, ImageError, image_size
+from popen.data.records import Broken, RecordError, TreeError, load_json, take, to_rle, unusable
 from popen.samples import SEG, Region, Rle, Sample
 
 SPLITS = ("train", "val", "test")
@@ -41,7 +41,7 @@ def read(root: Path, split: str) -> Iterator[Sample | Broken]:
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise RecordError("the key 'text' is not a list of one or more texts")
         except (RecordError, ImageError) as error:
-            yield Broken(file, annotation.stem, str(error))
+            yield unusable(file, annotation.stem, error)
             continue
         for number, text in enumerate(texts if split == "train" else texts[:1]):
             explanation = explained.get((annotation.stem, text), "")
@@ -88,7 +88,7 @@ def _image(annotation: Path, folder: str) -> str:
     for suffix in (".jpg", ".png"):
         if annotation.with_suffix(suffix).is_file():
             return f"{folder}/{annotation.stem}{suffix}"
-    raise RecordError(f"there is no {annotation.stem}.jpg or .png beside it")
+    raise AbsentImageError(f"there is no {annotation.stem}.jpg or .png beside it")
 
 
 def _load(annotation: Path) -> Any:

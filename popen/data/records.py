@@ -16,6 +16,7 @@ import numpy as np
 from pycocotools import mask as coco
 
 from popen import masks
+from popen.data.images import AbsentImageError, ImageError
 from popen.samples import Region, Rle
 
 T = TypeVar("T")
@@ -34,6 +35,10 @@ class Broken:
 
     def __str__(self) -> str:
         return f"{self.file}, record {self.record}: {self.rule}"
+
+
+class Absent(Broken):
+    """A record whose image is not there."""
 
 
 class RecordError(ValueError):
@@ -55,6 +60,12 @@ def load_json(root: Path, relative: str, kind: type[T]) -> T:
     if not isinstance(content, kind):
         raise TreeError(f"{relative} holds a {type(content).__name__}, a {kind.__name__} is expected")
     return content
+
+
+def unusable(file: str, record: str, error: RecordError | ImageError) -> Broken:
+    """The record that `error` tells about."""
+    kind = Absent if isinstance(error, AbsentImageError) else Broken
+    return kind(file, record, str(error))
 
 
 def take(record: object, key: str, kind: type[T]) -> T:

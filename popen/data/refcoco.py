@@ -30,6 +30,10 @@ def path(name: str) -> str:
     return f"refer_seg/{name}/refs({'umd' if name == 'refcocog' else 'unc'}).p"
 
 
+def instances(name: str) -> str:
+    return f"refer_seg/{name}/instances.json"
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Containers and scalars have opcodes of their own; whatever needs a global could run code."""
 
@@ -61,9 +65,9 @@ def read(root: Path, name: str, split: str) -> Iterator[Sample | Broken]:
     """One Sample a sentence. Raises TreeError when a file as a whole cannot be used."""
     file = path(name)
     try:
-        scene = _Instances(root, f"refer_seg/{name}/instances.json")
+        scene = _Instances(root, instances(name))
     except RecordError as error:
-        raise TreeError(f"refer_seg/{name}/instances.json: {error}") from None
+        raise TreeError(f"{instances(name)}: {error}") from None
     for index, ref in enumerate(load_refs(root, file)):
         if isinstance(ref, dict) and ref.get("split", split) != split:
             continue

@@ -64,14 +64,19 @@ def specs(root: Path) -> list[str]:
         f"{name}/{split}"
         for name, splits in SPLITS.items()
         for split in splits
-        if (root / _path(name, split)).exists()
+        if (root / files(name, split)[0]).exists()
     ]
 
 
-def _path(benchmark: str, split: str) -> str:
-    if benchmark in refcoco.SPLITS:
-        return refcoco.path(benchmark)
-    return {"muse": muse, "reasonseg": reasonseg, "grandf": grandf}[benchmark].path(split)
+def files(benchmark: str, split: str) -> tuple[str, ...]:
+    """What the split is read from below the root, beside the images; the first tells whether it is there."""
+    if benchmark == "muse":
+        return (muse.path(split),)
+    if benchmark == "reasonseg":
+        return (reasonseg.path(split),)
+    if benchmark == "grandf":
+        return (grandf.path(split),) if split == "train" else (grandf.path(split), grandf.mask_path(split))
+    return (refcoco.path(benchmark), refcoco.instances(benchmark))
 
 
 def read(root: Path, spec: str) -> Iterator[Sample | Broken]:
@@ -82,11 +87,11 @@ def read(root: Path, spec: str) -> Iterator[Sample | Broken]:
     when a file as a whole is unusable.
     """
     part = parse(spec)
-    if not (root / _path(part.benchmark, part.split)).exists():
+    first = files(part.benchmark, part.split)[0]
+    if not (root / first).exists():
         found = ", ".join(specs(root)) or "none"
         raise SplitError(
-            f"{spec}: {root} has no {_path(part.benchmark, part.split)}; splits found there: {found}. "
-            "Correct data.root or data.splits"
+            f"{spec}: {root} has no {first}; splits found there: {found}. Correct data.root or data.splits"
         )
     return (item for item in _read(root, part) if isinstance(item, Broken) or part.holds(item.image))
 

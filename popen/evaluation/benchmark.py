@@ -40,7 +40,8 @@ def row(sample: Sample, prediction: Prediction, vocabulary: Vocabulary) -> dict[
     a, b = union(predicted, sample.height, sample.width), union(true, sample.height, sample.width)
     shared, joint = int(np.count_nonzero(a & b)), int(np.count_nonzero(a | b))
     ious = iou.iou_matrix(predicted, true)
-    pairs = [float(ious[pair]) for pair in iou.match(ious)]
+    matched = iou.match(ious)
+    pairs = [float(ious[pair]) for pair in matched]
     said = judge(sample, prediction.text, vocabulary)
     return {
         "uid": sample.uid,
@@ -60,6 +61,8 @@ def row(sample: Sample, prediction: Prediction, vocabulary: Vocabulary) -> dict[
         "area_true": int(np.count_nonzero(b)),
         "pairs": len(pairs),
         "pairs_iou": sum(pairs),
+        "pairs_intersection": sum(int(np.count_nonzero(predicted[i] & true[j])) for i, j in matched),
+        "areas": sum(int(np.count_nonzero(mask)) for mask in (*predicted, *true)),
         "recalled": sum(pair >= 0.5 for pair in pairs),
         "hits": "".join("01"[hit] for hit in iou.hits(ious)),  # one a predicted mask, for AP50
         "confidence": prediction.confidence,

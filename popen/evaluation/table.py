@@ -10,6 +10,7 @@ from pandas import DataFrame
 
 from popen.evaluation.benchmark import LOWER_IS_BETTER, METRICS
 from popen.evaluation.bootstrap import Comparison, compare
+from popen.evaluation.peers import PEERS
 
 Summary = Mapping[str, Mapping[str, Mapping[str, Any]]]  # benchmark -> system -> figures
 Compared = dict[tuple[str, str, str, str], Comparison]  # (benchmark, metric, system, control)
@@ -48,7 +49,10 @@ def summary(figures: Summary, compared: Compared) -> dict[str, Any]:
     """Contents of `metrics/summary.json`: figures by benchmark and system, and the comparisons."""
     keys = (*METRICS, "questions")
     out: dict[str, Any] = {
-        benchmark: {system: {key: values[key] for key in keys} for system, values in by_system.items()}
+        benchmark: {
+            system: {key: values[key] for key in (*keys, *(key for key in PEERS if key in values))}
+            for system, values in by_system.items()
+        }
         for benchmark, by_system in figures.items()
     }
     out["comparisons"] = [
@@ -114,6 +118,27 @@ def _grandf(figures: Summary) -> str:
     return "\n## GranD_f's own figures\n\n" + _markdown(head, lines)
 
 
+def _peers(figures: Summary) -> str:
+    lines = [
+        [benchmark, system, *(_percent(values.get(key)) for key in PEERS)]
+        for benchmark, by_system in figures.items()
+        for system, values in by_system.items()
+        if any(values.get(key) is not None for key in PEERS)
+    ]
+    if not lines:
+        return ""
+    head = ["teacher-forced gIoU", "teacher-forced cIoU", "per-target gIoU", "per-target cIoU"]
+    return f"""
+## As the peers measure
+
+To be put beside published tables only, never beside the figures above. Teacher-forced: the true answer is
+fed, so that no target can be missed and none be too many (LISA and PixelLM, for RefCOCO and ReasonSeg); the
+ensemble, which chooses among answers, has none. Per target: free-running, but every target and not every
+question counts (PixelLM, for MUSE).
+
+{_markdown(["benchmark", "system", *head], lines)}"""
+
+
 def results(figures: Summary, compared: Compared, resamples: int) -> str:
     """The report in Markdown. `figures` as `benchmark.summarise` gives them."""
     return f"""# Results
@@ -128,4 +153,4 @@ ratio is predicted over true area: an "improvement" that is only a larger mask s
 {_main(figures, compared)}
 ## Against each other
 
-{_pairs(compared)}{_grandf(figures)}"""
+{_pairs(compared)}{_grandf(figures)}{_peers(figures)}"""

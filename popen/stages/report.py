@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from popen.data.images import open_image
-from popen.evaluation import benchmark, page, plots, table
+from popen.evaluation import benchmark, page, peers, plots, table
 from popen.evaluation.overlay import beside, overlay
 from popen.evaluation.prediction import EvaluationError, Prediction, read_predictions
 from popen.masks import decode
@@ -63,7 +63,8 @@ def collect(root: Path, benchmarks: list[str], systems: list[str]) -> Evaluated:
             for system in systems
         }
         found.figures[POOLED] = {
-            system: benchmark.summarise(rows) for system, rows in found.rows[POOLED].items()
+            system: benchmark.summarise(rows) | peers.per_target(rows)
+            for system, rows in found.rows[POOLED].items()
         }
     return found
 

@@ -52,11 +52,15 @@ def ensemble_answers(
             bar.update(len(part))
 
 
+def load(system: str) -> Segmenter | Ensemble:
+    """A system's trained model, or the bundle of the ensemble."""
+    return load_ensemble(BUNDLE)[0] if system == "popen+ensemble" else Segmenter.load(MODELS / system)
+
+
 def system_answers(
-    system: str, params: Params, samples: Sequence[Sample], name: str
+    model: Segmenter | Ensemble, params: Params, samples: Sequence[Sample], name: str
 ) -> Iterator[tuple[Sample, Answer, float]]:
     """A system's answers in the order of `samples`."""
-    if system == "popen+ensemble":
-        return ensemble_answers(load_ensemble(BUNDLE)[0], params, samples, params.ensemble.members, name)
-    model = Segmenter.load(MODELS / system)
+    if isinstance(model, Ensemble):
+        return ensemble_answers(model, params, samples, params.ensemble.members, name)
     return answers(model, Path(params.data.root), samples, params.evaluate, params.data.max_pixels, name)

@@ -1,0 +1,52 @@
+"""`popen data`: a data tree on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Data trees in the layouts of MUSE, RefCOCO, ReasonSeg and GranD_f.")
+
+
+@app.callback()
+def data() -> None:
+    """Data trees in the layouts of MUSE, RefCOCO, ReasonSeg and GranD_f."""
+
+
+@app.command()
+def check(
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="The tree's folder.", exists=True)],
+    splits: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SPLIT]...", help="muse, reasonseg/test, ...", show_default="all that are published"
+        ),
+    ] = None,
+    own: Annotated[
+        bool, typer.Option("--own", help="Data of your own: compare no sizes, expect no other split.")
+    ] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every image; else its header is read.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything found as JSON.")] = False,
+    params: Annotated[Path, typer.Option(help="Parameter file: data.max_pixels, contract.")] = Path(
+        "params.yaml"
+    ),
+) -> None:
+    """Say what the tree holds, what is missing and what is broken; exit with 1 where anything is."""
+    import json
+
+    from popen import params as parameters
+    from popen.data.check import check, names, table
+
+    settings = parameters.load(params)
+    wanted = names(root, splits or [], own)
+    found = check(root, wanted, settings.data.max_pixels, settings.contract, own, decode)
+    if as_json:
+        typer.echo(json.dumps([one.to_dict() for one in found], indent=1, ensure_ascii=False))
+    else:
+        typer.echo(table(found) if found else f"{root}: no split of any known layout")
+    if not found or not all(one.ok for one in found):
+        raise typer.Exit(1)
