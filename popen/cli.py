@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popen import cli_models
+from popen import cli_corrections, cli_models
 from popen.errors import explain
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_models.app, name="models")
+app.add_typer(cli_corrections.app, name="corrections")
 
 
 class UsageError(ValueError):
