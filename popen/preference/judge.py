@@ -186,7 +186,8 @@ class Judge:
         except openai.OpenAIError as error:
             raise JudgeError(
                 f"the judge {self.params.model} at {self.params.base_url} does not answer"
-                f" ({one_line(error)}); check text_preferences.judge or wait, then run again: what was judged is kept"
+                f" ({one_line(error)}); check text_preferences.judge or wait, then run again: what was judged"
+                " is kept"
             ) from None
 
 
