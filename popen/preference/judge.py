@@ -1,8 +1,8 @@
 """P_t corrected by a judge: a model behind any endpoint that speaks OpenAI's chat completions.
 
 Every reply is kept as it comes, in a file named by all that shapes it; a stage that is started again reads
-those and asks only for the rest. The budget counts kept replies, too: it is what the pairs may cost, and a
-stage that was killed ends with the pairs of one that was not. Prompt and format are ours.
+those and asks only for the rest. The budget counts what is kept, so it holds for all tries and all processes
+of a stage together. Prompt and format are ours.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from popen.data.images import open_image
 from popen.errors import one_line
 from popen.params import JudgeParams
 from popen.preference.records import Skipped
-from popen.preference.sources import UnfitError, first_wrong, fitted, known
+from popen.preference.sources import Skip, UnfitError, first_wrong, fitted, known
 from popen.preference.text import Correction
 from popen.samples import Sample
 
@@ -85,34 +85,36 @@ class _Completion(BaseModel):
 
 class Judge:
     """A source of corrections (`popen.preference.sources.Source`). An answer whose judgement is refused,
-    malformed or beyond the budget goes to `skip` with the reason, and the question's next one is judged."""
+    malformed or beyond the budget is skipped with the reason, and the question's next one is judged."""
 
-    def __init__(
-        self, params: JudgeParams, root: Path, max_pixels: int, kept: Path, skip: Callable[[Skipped], None]
-    ) -> None:
-        """`root` holds the images, `kept` the replies. Raises JudgeError without a key in the environment."""
+    def __init__(self, params: JudgeParams, root: Path, max_pixels: int, kept: Path) -> None:
+        """`root` holds the images; the replies go into a folder of this judge's own below `kept`. Raises
+        JudgeError without a key in the environment."""
         if not os.environ.get(KEY):
             raise JudgeError(
                 f"text_preferences.source is judge, and {KEY} is not set: put the key into the environment"
                 " (any word where the endpoint asks for none)"
             )
-        self.params, self.root, self.max_pixels, self.kept, self.skip = params, root, max_pixels, kept, skip
+        self.params, self.root, self.max_pixels = params, root, max_pixels
+        self.schema = _Reply.model_json_schema()
+        self.kept = kept / fingerprint(params.base_url, params.model, PROMPT, self.schema)
         self.client = openai.OpenAI(
             base_url=params.base_url, max_retries=params.retries, timeout=params.timeout
         )
-        self.requests = self.tokens = 0  # that the pairs so far cost, now or when a kept reply was asked for
         self.spent = False
 
-    def __call__(self, answers: Sequence[Answer], sample: Sample) -> tuple[str, Correction] | None:
+    def __call__(
+        self, answers: Sequence[Answer], sample: Sample, skip: Skip
+    ) -> tuple[str, Correction] | None:
         """Raises JudgeError where the endpoint gives no answer at all (after the client's retries)."""
-        return first_wrong(self._judged(dict.fromkeys(said.text for said in answers), sample))
+        return first_wrong(self._judged(dict.fromkeys(said.text for said in answers), sample, skip))
 
-    def _judged(self, texts: dict[str, None], sample: Sample) -> Iterator[tuple[str, Correction]]:
+    def _judged(self, texts: dict[str, None], sample: Sample, skip: Skip) -> Iterator[tuple[str, Correction]]:
         for text in texts:
             try:
                 correction = self.correct(text, sample)
             except UnfitError as error:
-                self.skip(Skipped(sample.uid, text, str(error)))
+                skip(Skipped(sample.uid, text, str(error)))
             else:
                 yield text, correction
 
@@ -130,28 +132,28 @@ class Judge:
             ensure_ascii=False,
             indent=1,
         )
-        schema = _Reply.model_json_schema()
         pixels = hashlib.sha256(image.tobytes()).hexdigest()  # not the PNG's, which changes with its encoder
-        key = fingerprint(self.params.base_url, self.params.model, PROMPT, question, schema, pixels)
-        path = self.kept / f"{key}.json"
-        if path.exists():
-            self.requests += 1
+        key = fingerprint(question, pixels)
+        path = next(self.kept.glob(f"{key}-*.json"), None)
+        if path is not None:
             completion = _completion(path.read_bytes())
         else:
             self._within_budget()
-            self.requests += 1
-            body = self._post(question, image, schema)
+            body = self._post(question, image)
             completion = _completion(body)
-            write_whole(path, body)
-        self.tokens += completion.usage.total_tokens if completion.usage else 0
+            tokens = completion.usage.total_tokens if completion.usage else 0
+            write_whole(self.kept / f"{key}-{tokens}.json", body)
         reply = _reply(completion.choices[0])
         return fitted(sampled, reply.answer, reply.targets, sample)
 
+    def used(self) -> tuple[int, int]:
+        """Requests and tokens of all replies that are kept of this judge."""
+        tokens = [int(path.stem.partition("-")[2]) for path in self.kept.glob("*.json")]
+        return len(tokens), sum(tokens)
+
     def _within_budget(self) -> None:
-        for name, used, most in (
-            ("requests", self.requests, self.params.requests),
-            ("tokens", self.tokens, self.params.tokens),
-        ):
+        most_of = ("requests", self.params.requests), ("tokens", self.params.tokens)
+        for (name, most), used in zip(most_of, self.used(), strict=True):
             if used >= most:
                 reason = (
                     f"the judge's budget of {most} {name} is spent; raise text_preferences.judge.{name}"
@@ -162,7 +164,7 @@ class Judge:
                 self.spent = True
                 raise UnfitError(reason)
 
-    def _post(self, question: str, image: Image.Image, schema: dict[str, Any]) -> bytes:
+    def _post(self, question: str, image: Image.Image) -> bytes:
         """The body of the endpoint's reply."""
         url = "data:image/png;base64," + base64.b64encode(_png(image)).decode("ascii")
         content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
@@ -171,7 +173,7 @@ class Judge:
             "messages": [{"role": "system", "content": PROMPT}, {"role": "user", "content": content}],
             "response_format": {
                 "type": "json_schema",
-                "json_schema": {"name": "correction", "strict": True, "schema": schema},
+                "json_schema": {"name": "correction", "strict": True, "schema": self.schema},
             },
         }
         try:

@@ -7,7 +7,7 @@ in silence is work lost.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from popen.params import Group
 from popen.preference.records import Skipped
-from popen.preference.sources import UnfitError, first_wrong, fitted, known
+from popen.preference.sources import Skip, UnfitError, first_wrong, fitted, known
 from popen.preference.text import Correction
 from popen.samples import Sample
 
@@ -49,10 +49,9 @@ class Corrections:
 
     path: Path
     lines: Mapping[str, Mapping[str, tuple[int, Correction | None]]]  # uid -> answer -> line, correction
-    skip: Callable[[Skipped], None]
 
     @classmethod
-    def read(cls, path: Path, samples: Sequence[Sample], skip: Callable[[Skipped], None]) -> Corrections:
+    def read(cls, path: Path, samples: Sequence[Sample]) -> Corrections:
         """Raises CorrectionsError: no file, a broken line, an unknown uid, an answer corrected twice, {seg}
         and targets that do not go together."""
         if not path.is_file():
@@ -77,9 +76,11 @@ class Corrections:
         if faults:
             more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
             raise CorrectionsError("\n".join(faults[:SHOWN] + more))
-        return cls(path, lines, skip)
+        return cls(path, lines)
 
-    def __call__(self, answers: Sequence[Answer], sample: Sample) -> tuple[str, Correction] | None:
+    def __call__(
+        self, answers: Sequence[Answer], sample: Sample, skip: Skip
+    ) -> tuple[str, Correction] | None:
         """Raises CorrectionsError on a correction of an answer that is not among the sampled ones."""
         lines = self.lines.get(sample.uid, {})
         texts = dict.fromkeys(said.text for said in answers)
@@ -89,16 +90,18 @@ class Corrections:
                     f"{self.path}, line {number}: {text!r} is not among the answers sampled for {sample.uid};"
                     " model, seed and sampling parameters must be those of `popen corrections export`"
                 )
-        return first_wrong(self._corrected(texts, sample))
+        return first_wrong(self._corrected(texts, sample, skip))
 
-    def _corrected(self, texts: dict[str, None], sample: Sample) -> Iterator[tuple[str, Correction]]:
+    def _corrected(
+        self, texts: dict[str, None], sample: Sample, skip: Skip
+    ) -> Iterator[tuple[str, Correction]]:
         for text in texts:
             number, correction = self.lines.get(sample.uid, {}).get(text, (None, None))
             if correction is not None:
                 yield text, correction
             else:
                 reason = "is not in the file" if number is None else f"line {number}: not corrected yet"
-                self.skip(Skipped(sample.uid, text, f"{self.path}: {reason}"))
+                skip(Skipped(sample.uid, text, f"{self.path}: {reason}"))
 
 
 class Export:
@@ -107,7 +110,7 @@ class Export:
     def __init__(self) -> None:
         self.lines: list[Line] = []
 
-    def __call__(self, answers: Sequence[Answer], sample: Sample) -> None:
+    def __call__(self, answers: Sequence[Answer], sample: Sample, skip: Skip) -> None:
         for text in dict.fromkeys(said.text for said in answers):
             self.lines.append(
                 Line(

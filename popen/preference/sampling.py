@@ -19,8 +19,8 @@ from popen.model.segmenter import Segmenter
 from popen.params import MaskPreferenceParams, TextPreferenceParams
 from popen.preference.alignment import chosen_rows
 from popen.preference.masks import noise_rectangles, rank
-from popen.preference.records import MaskPairs, TextPair
-from popen.preference.sources import Source, first_wrong
+from popen.preference.records import MaskPairs, Skipped, TextPair
+from popen.preference.sources import Skip, Source, first_wrong
 from popen.preference.text import Correction, changed_spans, correct
 from popen.samples import Sample
 
@@ -29,7 +29,7 @@ class PairsError(ValueError):
     """No preference data can be made; the message says which parameters to change."""
 
 
-def rule(answers: Sequence[Answer], sample: Sample) -> tuple[str, Correction] | None:
+def rule(answers: Sequence[Answer], sample: Sample, skip: Skip) -> tuple[str, Correction] | None:
     """The source of corrections that knows the ground truth: `popen.preference.text.correct`."""
     return first_wrong((said.text, correct(said.text, sample, _drawn(said, sample))) for said in answers)
 
@@ -45,9 +45,9 @@ def text_pairs(
     max_pixels: int,
     seed: int,
     source: Source = rule,
-) -> Iterator[TextPair]:
+) -> Iterator[TextPair | Skipped]:
     """P_t: of `params.samples` answers a question, the first wrong one (else the first), corrected by the
-    source. A question that it has no correction for gives no pair."""
+    source. Answers that it has no correction for are yielded as Skipped; a question may give no pair."""
     encoder = model.encoder
     for start in tqdm(range(0, len(samples), batch), desc="text_preferences", unit="batch", mininterval=2.0):
         part = samples[start : start + batch]
@@ -59,7 +59,11 @@ def text_pairs(
             )
             for draw in range(params.samples)
         ]
-        found = [source(answers, sample) for *answers, sample in zip(*drawn, part, strict=True)]
+        skipped: list[Skipped] = []
+        found = [
+            source(answers, sample, skipped.append) for *answers, sample in zip(*drawn, part, strict=True)
+        ]
+        yield from skipped
         kept = [(row, sample, *pair) for row, sample, pair in zip(asked, part, found, strict=True) if pair]
         if not kept:
             continue

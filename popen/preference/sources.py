@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from popen.masks import box
+from popen.preference.records import Skipped
 from popen.preference.text import Correction
 from popen.samples import SEG, Region, Sample
 
 if TYPE_CHECKING:  # torch comes with it
     from popen.model.generate import Answer
 
-Source = Callable[[Sequence["Answer"], Sample], tuple[str, Correction] | None]
-"""Sampled answers of a question -> the one that makes the pair, and its correction; None: no pair."""
+Skip = Callable[[Skipped], None]
+Source = Callable[[Sequence["Answer"], Sample, Skip], tuple[str, Correction] | None]
+"""Sampled answers of a question -> the one that makes the pair, and its correction; None: no pair. What it
+has no correction for it gives to the function, with the reason."""
 
 _SPECIAL = re.compile(r"</?\w+>")  # <image>, <seg_0_1>, </s>: as a tokenizer spells what is no word
 

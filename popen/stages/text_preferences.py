@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,9 +24,8 @@ def main() -> None:
         from popen.preference.sampling import PairsError
         from popen.stages.learning import samples
 
-        skipped: list[Skipped] = []
         asked = samples("preference")
-        pairs = make(run.params, asked, _source(run.params, asked, run.home, skipped.append))
+        pairs, skipped = make(run.params, asked, _source(run.params, asked, run.home))
         if not pairs and skipped:
             raise PairsError(
                 f"text_preferences: none of {len(asked)} questions has a corrected answer; of the first one:"
@@ -45,12 +44,13 @@ def main() -> None:
         )
 
 
-def make(params: Params, asked: Sequence[Sample], source: Source) -> list[TextPair]:
+def make(params: Params, asked: Sequence[Sample], source: Source) -> tuple[list[TextPair], list[Skipped]]:
     """Sample answers to the questions under the parameters, and have the source correct them."""
     from popen.model.segmenter import Segmenter
+    from popen.preference.records import Skipped, TextPair
     from popen.preference.sampling import text_pairs
 
-    return list(
+    made = list(
         text_pairs(
             Segmenter.load(MODEL),
             Path(params.data.root),
@@ -63,19 +63,21 @@ def make(params: Params, asked: Sequence[Sample], source: Source) -> list[TextPa
             source,
         )
     )
+    pairs = [record for record in made if isinstance(record, TextPair)]
+    return pairs, [record for record in made if isinstance(record, Skipped)]
 
 
-def _source(params: Params, asked: Sequence[Sample], home: Path, skip: Callable[[Skipped], None]) -> Source:
+def _source(params: Params, asked: Sequence[Sample], home: Path) -> Source:
     chosen = params.text_preferences
     if chosen.source == "judge" and chosen.judge:
         from popen.preference.judge import Judge
 
         kept = home / ".checkpoints" / "judge"
-        return Judge(chosen.judge, Path(params.data.root), params.data.max_pixels, kept, skip)
+        return Judge(chosen.judge, Path(params.data.root), params.data.max_pixels, kept)
     if chosen.source == "people" and chosen.people:
         from popen.preference.people import FOLDER, Corrections
 
-        return Corrections.read(FOLDER / chosen.people.file, asked, skip)
+        return Corrections.read(FOLDER / chosen.people.file, asked)
     from popen.preference.sampling import rule
 
     return rule

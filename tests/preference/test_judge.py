@@ -42,14 +42,14 @@ def said(*texts: str) -> list[Answer]:
 
 def make(params: JudgeParams, data: Data, kept: Path) -> tuple[Judge, list[Skipped]]:
     skipped: list[Skipped] = []
-    return Judge(params, data[0], 2000, kept, skipped.append), skipped
+    return Judge(params, data[0], 2000, kept), skipped
 
 
 def test_the_judge_sees_image_question_answer_and_truth(data: Data, tmp_path: Path) -> None:
     sample = data[1][1]  # asks for the cup; the fork beside it is annotated, too
     with serving(lambda _: judged(f" {RIGHT}\n", 1)) as endpoint:
         judge, skipped = make(endpoint.params(), data, tmp_path)
-        found = judge(said(SAID), sample)
+        found = judge(said(SAID), sample, skipped.append)
     assert found is not None
     text, correction = found
     assert (text, correction.answer, correction.targets) == (SAID, RIGHT, sample.targets)
@@ -72,24 +72,21 @@ def test_the_judge_sees_image_question_answer_and_truth(data: Data, tmp_path: Pa
     ]
     head, _, data_url = request["messages"][1]["content"][1]["image_url"]["url"].partition(",")
     assert head == "data:image/png;base64"
-    with (
-        Image.open(io.BytesIO(base64.b64decode(data_url))) as sent,
-        Image.open(data[0] / sample.image) as own,
-    ):
-        assert ImageChops.difference(sent, own).getbbox() is None
-    kept = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    sent = Image.open(io.BytesIO(base64.b64decode(data_url)))
+    assert ImageChops.difference(sent, Image.open(data[0] / sample.image)).getbbox() is None
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*.json"))
     assert b"sk-secret" not in kept
 
 
 def test_the_first_wrong_answer_is_taken_and_no_more_are_judged(data: Data, tmp_path: Path) -> None:
     replies = {RIGHT: judged(RIGHT, 1), SAID: judged(RIGHT, 1), "A cup {seg}.": judged(RIGHT, 1)}
     with serving(lambda request: replies[asked(request)["model's answer"]]) as endpoint:
-        judge, _ = make(endpoint.params(), data, tmp_path)
-        found = judge(said(RIGHT, RIGHT, SAID, "A cup {seg}."), data[1][1])
+        judge, skipped = make(endpoint.params(), data, tmp_path)
+        found = judge(said(RIGHT, RIGHT, SAID, "A cup {seg}."), data[1][1], skipped.append)
         assert found is not None
         assert found[0] == SAID
         assert len(endpoint.requests) == 2
-        unchanged = judge(said(RIGHT), data[1][1])
+        unchanged = judge(said(RIGHT), data[1][1], skipped.append)
         assert unchanged is not None
         assert not unchanged[1].changed
         assert len(endpoint.requests) == 2  # kept
@@ -99,9 +96,9 @@ def test_a_busy_and_a_broken_endpoint_are_tried_again(data: Data, tmp_path: Path
     replies = iter([failed(429), failed(500), judged(RIGHT, 1)])
     with serving(lambda _: next(replies)) as endpoint:
         judge, skipped = make(endpoint.params(), data, tmp_path)
-        assert judge(said(SAID), data[1][1]) is not None
+        assert judge(said(SAID), data[1][1], skipped.append) is not None
     assert len(endpoint.requests) == 3
-    assert (judge.requests, judge.tokens) == (1, 10)
+    assert judge.used() == (1, 10)
     assert not skipped
 
 
@@ -126,7 +123,7 @@ REASONS = [  # reply, reason, whether it is a judge's reply: one that is kept an
 ]
 
 
-@pytest.mark.parametrize(("reply", "reason", "kept"), REASONS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("reply", "reason", "kept"), REASONS, ids=[reason for _, reason, _ in REASONS])
 def test_what_is_no_correction_is_skipped_with_its_reason(
     data: Data, tmp_path: Path, reply: Reply, reason: str, kept: bool
 ) -> None:
@@ -134,7 +131,7 @@ def test_what_is_no_correction_is_skipped_with_its_reason(
     with serving(lambda r: reply if asked(r)["model's answer"] == SAID else judged(RIGHT, 1)) as endpoint:
         for _ in range(2):  # a stage that is started again
             judge, skipped = make(endpoint.params(), data, tmp_path)
-            found = judge(said(SAID, "A cup {seg}."), data[1][1])
+            found = judge(said(SAID, "A cup {seg}."), data[1][1], skipped.append)
             assert found is not None
             if not reason:
                 assert (found[0], found[1].targets) == (SAID, ())
@@ -143,7 +140,7 @@ def test_what_is_no_correction_is_skipped_with_its_reason(
             (skip,) = skipped
             assert (skip.uid, skip.answer) == (data[1][1].uid, SAID)
             assert reason in skip.reason
-            assert judge(said(SAID), data[1][1]) is None
+            assert judge(said(SAID), data[1][1], skipped.append) is None
     times = sum(asked(request)["model's answer"] == SAID for request in endpoint.requests)
     assert times == (1 if kept else 4)
 
@@ -157,7 +154,7 @@ def test_a_spent_budget_ends_the_judging_and_keeps_it(
     with serving(lambda _: judged(RIGHT, 1)) as endpoint:
         for _ in range(2):
             judge, skipped = make(endpoint.params(**budget), data, tmp_path)
-            found = [judge(said(SAID), sample) for sample in data[1]]
+            found = [judge(said(SAID), sample, skipped.append) for sample in data[1]]
             assert [pair is not None for pair in found] == [True, True, False, False]
             assert [skip.uid for skip in skipped] == [sample.uid for sample in data[1][2:]]
             reason = f"the judge's budget of {most} {name} is spent; raise text_preferences.judge.{name}"
@@ -165,7 +162,7 @@ def test_a_spent_budget_ends_the_judging_and_keeps_it(
             assert capsys.readouterr().out.count(reason) == 1
         assert len(endpoint.requests) == 2
         judge, skipped = make(endpoint.params(), data, tmp_path)
-        assert all(judge(said(SAID), sample) for sample in data[1])
+        assert all(judge(said(SAID), sample, skipped.append) for sample in data[1])
     assert len(endpoint.requests) == 4
     assert not skipped
 
@@ -180,7 +177,7 @@ def test_another_model_question_answer_or_image_is_asked_anew(data: Data, tmp_pa
             (endpoint.params(), SAID, second),
             (endpoint.params(retries=0, timeout=9.0, requests=7), SAID, first),  # shapes no reply
         ):
-            make(params, data, tmp_path)[0](said(text), sample)
+            make(params, data, tmp_path)[0](said(text), sample, print)
     assert len(endpoint.requests) == 4
 
 
@@ -191,7 +188,7 @@ from popen.params import JudgeParams
 from popen.preference.judge import Judge
 from popen.samples import read_index
 params, root, kept, index, text = sys.argv[1:]
-judge = Judge(JudgeParams.model_validate_json(params), Path(root), 2000, Path(kept), print)
+judge = Judge(JudgeParams.model_validate_json(params), Path(root), 2000, Path(kept))
 for sample in read_index(Path(index)):
     judge.correct(text, sample)
 """
@@ -218,23 +215,23 @@ def test_a_killed_judging_does_not_ask_twice(data: Data, tmp_path: Path) -> None
             process.send_signal(signal.SIGKILL)
             process.wait()
             go_on.set()
-        assert len(list(kept.glob("*.json"))) == 2
+        assert len(list(kept.rglob("*.json"))) == 2
         judge, skipped = make(endpoint.params(), data, kept)
         again = [judge.correct(SAID, sample) for sample in data[1]]
     assert [correction.answer for correction in again] == [RIGHT] * 4
     assert not skipped
     seen = [json.dumps(asked(request)) for request in endpoint.requests]
     assert [seen.count(text) for text in dict.fromkeys(seen)] == [1, 1, 2, 1]
-    assert (judge.requests, judge.tokens) == (4, 40)
+    assert judge.used() == (4, 40)
 
 
 def test_no_key_and_a_wrong_key_say_what_to_do(
     data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(lambda _: failed(401, "Incorrect API key provided: sk-secret")) as endpoint:
-        judge, _ = make(endpoint.params(), data, tmp_path)
+        judge, skipped = make(endpoint.params(), data, tmp_path)
         with pytest.raises(JudgeError, match=rf"refuses the key in {KEY} \(HTTP 401\)") as caught:
-            judge(said(SAID), data[1][1])
+            judge(said(SAID), data[1][1], skipped.append)
         assert "sk-secret" not in str(caught.value)
         monkeypatch.delenv(KEY)
         with pytest.raises(JudgeError, match=rf"source is judge, and {KEY} is not set"):
@@ -246,8 +243,8 @@ def test_an_endpoint_that_does_not_answer_ends_the_judging(data: Data, tmp_path:
     with serving(lambda _: reply) as endpoint:
         judge, skipped = make(endpoint.params(retries=1), data, tmp_path)
         with pytest.raises(JudgeError, match=rf"judge at {endpoint.url} does not answer \(.*what was judged"):
-            judge(said(SAID), data[1][1])
+            judge(said(SAID), data[1][1], skipped.append)
     assert len(endpoint.requests) == (1 if reply[0] == 404 else 2)
     assert not skipped
     with pytest.raises(JudgeError, match="Connection error"):  # the server is gone
-        make(endpoint.params(retries=0), data, tmp_path)[0](said(SAID), data[1][1])
+        make(endpoint.params(retries=0), data, tmp_path)[0](said(SAID), data[1][1], print)

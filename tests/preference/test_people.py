@@ -26,17 +26,17 @@ def line(number: int = 1, **changes: Any) -> str:
 def read(path: Path, data: Data, *lines: str) -> tuple[Corrections, list[Skipped]]:
     path.write_text("".join(lines), encoding="utf-8")
     skipped: list[Skipped] = []
-    return Corrections.read(path, data[1], skipped.append), skipped
+    return Corrections.read(path, data[1]), skipped
 
 
 def test_what_is_written_for_people_comes_back_filled_in(data: Data, tmp_path: Path) -> None:
     sample, path = data[1][1], tmp_path / "new" / "answers.jsonl"
     export = Export()
-    assert export(said(SAID, "Nothing.\u2028", SAID), sample) is None
+    export(said(SAID, "Nothing.\u2028", SAID), sample, print)
     export.write(path)
     with pytest.raises(FileExistsError):  # somebody may have begun to fill it in
         export.write(path)
-    first, second = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines(keepends=False)]
+    first, second = [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n")[:-1]]
     assert (first["uid"], first["answer"], first["corrected"]) == (sample.uid, SAID, None)
     assert (first["image"], first["question"]) == (sample.image, sample.question)
     assert [(thing["number"], thing["name"]) for thing in first["known"]] == [(1, "the cup"), (2, "the fork")]
@@ -44,7 +44,7 @@ def test_what_is_written_for_people_comes_back_filled_in(data: Data, tmp_path: P
 
     filled = first | {"corrected": "It is the cup {seg} and the fork {seg}.", "targets": [1, 2]}
     source, skipped = read(path, data, json.dumps(filled) + "\n", json.dumps(second) + "\n")
-    found = source(said("Nothing.\u2028", SAID), sample)
+    found = source(said("Nothing.\u2028", SAID), sample, skipped.append)
     assert found is not None
     assert (found[0], found[1].answer) == (SAID, filled["corrected"])
     assert found[1].targets == sample.objects
@@ -59,13 +59,13 @@ def test_what_is_written_for_people_comes_back_filled_in(data: Data, tmp_path: P
 def test_a_wrong_answer_goes_before_a_right_one_and_one_is_enough(data: Data, tmp_path: Path) -> None:
     lines = line(answer=RIGHT), line(), line(2, corrected="The knife {seg}.", targets=[0])
     source, skipped = read(tmp_path / "a.jsonl", data, *lines)
-    found = source(said(RIGHT, SAID), data[1][1])
+    found = source(said(RIGHT, SAID), data[1][1], skipped.append)
     assert found is not None
     assert (found[0], found[1].changed) == (SAID, True)
-    unknown = source(said(SAID), data[1][2])
+    unknown = source(said(SAID), data[1][2], skipped.append)
     assert unknown is not None
     assert (unknown[1].answer, unknown[1].targets) == ("The knife {seg}.", ())  # no mask is known for it
-    assert source(said(SAID), data[1][3]) is None
+    assert source(said(SAID), data[1][3], skipped.append) is None
     assert [(skip.uid, skip.reason) for skip in skipped] == [
         (data[1][3].uid, f"{tmp_path / 'a.jsonl'}: is not in the file")
     ]
@@ -104,12 +104,10 @@ def test_all_that_is_wrong_is_said_at_once_but_not_without_end(data: Data, tmp_p
     assert lines[9].startswith(f"{tmp_path / 'a.jsonl'}, line 10: ")
     assert lines[10] == "and 3 more"
     with pytest.raises(CorrectionsError, match=r"none\.jsonl: no such file; `popen corrections export`"):
-        Corrections.read(tmp_path / "none.jsonl", data[1], print)
+        Corrections.read(tmp_path / "none.jsonl", data[1])
 
 
 def test_an_answer_that_was_not_sampled_is_refused(data: Data, tmp_path: Path) -> None:
-    source, _ = read(tmp_path / "a.jsonl", data, line(2), line())
-    with pytest.raises(
-        CorrectionsError, match=r"a\.jsonl, line 2: 'It is .* is not among the answers sampled"
-    ):
-        source(said(RIGHT), data[1][1])
+    source, skipped = read(tmp_path / "a.jsonl", data, line(2), line())
+    with pytest.raises(CorrectionsError, match=r"a\.jsonl, line 2: 'It is .* is not among the answers"):
+        source(said(RIGHT), data[1][1], skipped.append)

@@ -61,8 +61,8 @@ def expected(taught: Segmenter, data: Data, tmp_path: Path, monkeypatch: pytest.
     change(temperature=1.0)
     copy.deepcopy(taught).save(text_preferences.MODEL)
     write_index(Path("artifacts/index/preference.jsonl"), data[1])
-    pairs = text_preferences.make(
-        load(), data[1], lambda a, s: first_wrong((said.text, correct(said.text, s)) for said in a)
+    pairs, _ = text_preferences.make(
+        load(), data[1], lambda a, s, _: first_wrong((said.text, correct(said.text, s)) for said in a)
     )
     assert any(pair.differs for pair in pairs)
     write_text_pairs(Path("expected.jsonl"), pairs)
@@ -73,7 +73,7 @@ def test_people_who_say_what_the_rule_says(expected: bytes, data: Data) -> None:
     cli_corrections.export()
     path = Path("corrections/answers.jsonl")
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    with pytest.raises(CorrectionsError, match="answers.jsonl exists; name another file"):
+    with pytest.raises(CorrectionsError, match=r"answers\.jsonl exists; name another file"):
         cli_corrections.export()
 
     change(source="people")
