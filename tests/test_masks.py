@@ -24,7 +24,7 @@ def test_a_box_is_the_smallest_around_the_pixels(mask: masks.Mask) -> None:
     rows, columns = np.nonzero(mask)
     smallest = [0, 0, 0, 0]
     if mask.any():
-        smallest = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+        smallest = [int(v) for v in (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)]
     assert masks.box(masks.encode(mask)) == smallest
 
 
