@@ -48,6 +48,16 @@ def digest(path: Path) -> str:
     return fingerprint(*[[file.relative_to(path).as_posix(), digest(file)] for file in files])
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, whenever the process or the machine dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.writing")
+    draft.write_bytes(content)
+    _sync(draft)
+    draft.rename(path)
+    _sync(path.parent)
+
+
 class Checkpoints:
     """The checkpoints of one stage and fingerprint, each a folder `step-00000123`.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from popen import cli_data, cli_models
+from popen import cli_corrections, cli_data, cli_models
 from popen.errors import explain
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_models.app, name="models")
+app.add_typer(cli_corrections.app, name="corrections")
 
 
 class UsageError(ValueError):

@@ -32,6 +32,11 @@ def area(rle: Rle) -> int:
     return int(coco.area({"size": rle["size"], "counts": rle["counts"].encode("ascii")}))
 
 
+def box(rle: Rle) -> list[int]:
+    """Smallest box [left, top, width, height] around the pixels set."""
+    return [int(side) for side in coco.toBbox({"size": rle["size"], "counts": rle["counts"].encode("ascii")})]
+
+
 def union(masks: Sequence[Mask], height: int, width: int) -> Mask:
     """Union of any number of masks (H, W); empty for none."""
     out = np.zeros((height, width), dtype=bool)

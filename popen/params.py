@@ -150,9 +150,35 @@ class SftParams(Group):
     vision: Share  # the tower's learning rate as a share of train.lr; 0 keeps it frozen
 
 
+class JudgeParams(Group):
+    """A model that corrects answers. Its key is in the environment, OPENAI_API_KEY, and nowhere else."""
+
+    model: str  # as the endpoint calls it
+    base_url: str  # of an endpoint that speaks OpenAI's chat completions
+    requests: Positive  # at most; with `tokens` the budget, which counts what an earlier try has paid for
+    tokens: Positive  # at most, prompts and replies, as the endpoint counts them
+    retries: Level  # of a request, with growing pauses
+    timeout: float = Field(gt=0)  # seconds a request
+
+
+class PeopleParams(Group):
+    file: str = Field(pattern=r"^[^/\\]+$")  # in the folder corrections/; docs/preferences.md has its format
+
+
 class TextPreferenceParams(Group):
     samples: Positive  # answers sampled a question
     temperature: float = Field(gt=0)
+    source: Literal["rule", "judge", "people"] = "rule"  # of the corrections
+    judge: JudgeParams | None = None
+    people: PeopleParams | None = None
+
+    @model_validator(mode="after")
+    def _source_is_described(self) -> Self:
+        if self.source == "judge" and not (self.judge and self.judge.model and self.judge.base_url):
+            raise ValueError("source: judge needs judge.model and judge.base_url")
+        if self.source == "people" and not self.people:
+            raise ValueError("source: people needs people.file")
+        return self
 
 
 class MaskPreferenceParams(Group):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from popen.checkpoints import CheckpointError, Checkpoints, digest, fingerprint
+from popen.checkpoints import CheckpointError, Checkpoints, digest, fingerprint, write_whole
 
 
 def writes(text: str) -> Callable[[Path], None]:
@@ -164,3 +164,18 @@ def test_a_digest_sees_names_and_contents(tmp_path: Path) -> None:
     assert len({first, second, digest(tmp_path)}) == 3
     with pytest.raises(FileNotFoundError, match="run the stage that makes it"):
         digest(tmp_path / "gone")
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+    """Killed after half of the content: the file is not there, and the next try writes it."""
+    path = tmp_path / "new" / "reply.json"
+    program = (
+        "import os, signal, sys; from pathlib import Path; from popen import checkpoints\n"
+        "checkpoints._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoints.write_whole(Path(sys.argv[1]), b'half')"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(path)]).returncode == -9
+    assert names(path.parent) == ["reply.json.writing"]
+    write_whole(path, b"whole")
+    assert path.read_bytes() == b"whole"
+    assert names(path.parent) == ["reply.json"]

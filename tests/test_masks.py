@@ -19,6 +19,15 @@ two_masks = st.tuples(st.integers(1, 16), st.integers(1, 16)).flatmap(
 )
 
 
+@given(any_mask)
+def test_a_box_is_the_smallest_around_the_pixels(mask: masks.Mask) -> None:
+    rows, columns = np.nonzero(mask)
+    smallest = [0, 0, 0, 0]
+    if mask.any():
+        smallest = [int(v) for v in (columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1)]
+    assert masks.box(masks.encode(mask)) == smallest
+
+
 def runs_by_hand(mask: masks.Mask) -> list[int]:
     """COCO's order: column by column, starting with the zeros."""
     runs, value = [0], False

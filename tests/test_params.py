@@ -49,6 +49,18 @@ def _not_a_choice(raw: Any) -> None:
     raw["ensemble"]["mode"] = "median"
 
 
+def _judge_without_a_model(raw: Any) -> None:
+    raw["text_preferences"]["source"] = "judge"
+
+
+def _unknown_of_the_judge(raw: Any) -> None:
+    raw["text_preferences"]["judge"]["api_key"] = "sk-1"  # a key belongs into the environment
+
+
+def _corrections_elsewhere(raw: Any) -> None:
+    raw["text_preferences"]["people"]["file"] = "../answers.jsonl"  # DVC would not see it change
+
+
 def _sides_in_the_wrong_order(raw: Any) -> None:
     raw["mask_preferences"]["side"] = [0.5, 0.2]
 
@@ -62,6 +74,9 @@ def _sides_in_the_wrong_order(raw: Any) -> None:
         (_wrong_type, "scenes.train", "valid integer"),
         (_out_of_range, "contract.tolerated", "less than or equal to 1"),
         (_sides_in_the_wrong_order, "mask_preferences.side", "0 < low <= high <= 1"),
+        (_judge_without_a_model, "text_preferences", "needs judge.model"),
+        (_unknown_of_the_judge, "text_preferences.judge.api_key", "Extra inputs are not permitted"),
+        (_corrections_elsewhere, "text_preferences.people.file", "should match pattern"),
         (_not_a_choice, "ensemble.mode", "'attention', 'mean'"),
     ],
 )

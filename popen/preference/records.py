@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from popen.samples import Region
+from popen.samples import SEG, Region
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TextPair:
     question: str
     chosen: str
     rejected: str
-    targets: tuple[Region, ...]  # of `chosen`, in the order of its {seg}
+    targets: tuple[Region, ...]  # of `chosen`, in the order of its {seg}; none where not all are known
     chosen_changed: list[bool]  # a token of the answer, the end token included
     rejected_changed: list[bool]
     chosen_ref: list[float]  # log p of the same tokens under the reference
@@ -37,11 +37,34 @@ class TextPair:
     def differs(self) -> bool:
         return self.chosen != self.rejected
 
+    @property
+    def known(self) -> bool:
+        """Whether the masks of `chosen` are known, and may supervise."""
+        return self.chosen.count(SEG) == len(self.targets)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sampled answer that made no pair, for its source has no correction of it."""
+
+    uid: str
+    answer: str
+    reason: str
+
 
 def write_text_pairs(path: Path, pairs: Iterable[TextPair]) -> int:
     """Write pairs as JSON lines; returns how many."""
+    return _write_lines(path, pairs)
+
+
+def write_skipped(path: Path, skipped: Iterable[Skipped]) -> int:
+    """Write what made no pair as JSON lines; returns how many."""
+    return _write_lines(path, skipped)
+
+
+def _write_lines(path: Path, records: Iterable[TextPair] | Iterable[Skipped]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(pair), sort_keys=True, ensure_ascii=False) + "\n" for pair in pairs]
+    lines = [json.dumps(asdict(record), sort_keys=True, ensure_ascii=False) + "\n" for record in records]
     path.write_text("".join(lines), encoding="utf-8")
     return len(lines)
 

@@ -19,13 +19,19 @@ from popen.model.segmenter import Segmenter
 from popen.params import MaskPreferenceParams, TextPreferenceParams
 from popen.preference.alignment import chosen_rows
 from popen.preference.masks import noise_rectangles, rank
-from popen.preference.records import MaskPairs, TextPair
-from popen.preference.text import changed_spans, correct
+from popen.preference.records import MaskPairs, Skipped, TextPair
+from popen.preference.sources import Skip, Source, first_wrong
+from popen.preference.text import Correction, changed_spans, correct
 from popen.samples import Sample
 
 
 class PairsError(ValueError):
     """No preference data can be made; the message says which parameters to change."""
+
+
+def rule(answers: Sequence[Answer], sample: Sample, skip: Skip) -> tuple[str, Correction] | None:
+    """The source of corrections that knows the ground truth: `popen.preference.text.correct`."""
+    return first_wrong((said.text, correct(said.text, sample, _drawn(said, sample))) for said in answers)
 
 
 @torch.no_grad()
@@ -38,8 +44,10 @@ def text_pairs(
     max_new_tokens: int,
     max_pixels: int,
     seed: int,
-) -> Iterator[TextPair]:
-    """P_t: of `params.samples` answers a question, the first wrong one (else the first), corrected."""
+    source: Source = rule,
+) -> Iterator[TextPair | Skipped]:
+    """P_t: of `params.samples` answers a question, the first wrong one (else the first), corrected by the
+    source. Answers that it has no correction for are yielded as Skipped; a question may give no pair."""
     encoder = model.encoder
     for start in tqdm(range(0, len(samples), batch), desc="text_preferences", unit="batch", mininterval=2.0):
         part = samples[start : start + batch]
@@ -51,16 +59,19 @@ def text_pairs(
             )
             for draw in range(params.samples)
         ]
-        found = []
-        for answers, sample in zip(zip(*drawn, strict=True), part, strict=True):
-            pairs = [(said.text, correct(said.text, sample, _drawn(said, sample))) for said in answers]
-            found.append(next((pair for pair in pairs if pair[1].changed), pairs[0]))
-        asked_with = list(zip(asked, found, strict=True))
-        rows = [Row(row.image, row.question, fix.answer) for row, (_, fix) in asked_with]
-        rows += [Row(row.image, row.question, text) for row, (text, _) in asked_with]
+        skipped: list[Skipped] = []
+        found = [
+            source(answers, sample, skipped.append) for *answers, sample in zip(*drawn, part, strict=True)
+        ]
+        yield from skipped
+        kept = [(row, sample, *pair) for row, sample, pair in zip(asked, part, found, strict=True) if pair]
+        if not kept:
+            continue
+        rows = [Row(row.image, row.question, fix.answer) for row, _, _, fix in kept]
+        rows += [Row(row.image, row.question, text) for row, _, text, _ in kept]
         encoded = encoder.batch(images, rows).to(model.device)
         logps = token_logps(model(encoded).logits, encoded).cpu()
-        for index, (sample, (text, fix)) in enumerate(zip(part, found, strict=True)):
+        for index, (_, sample, text, fix) in enumerate(kept):
             chosen, rejected = encoder.answer_ids(fix.answer), encoder.answer_ids(text)
             marks = changed_spans(chosen, rejected)
             yield TextPair(
@@ -73,7 +84,7 @@ def text_pairs(
                 chosen_changed=marks[0],
                 rejected_changed=marks[1],
                 chosen_ref=logps[index, -len(chosen) :].tolist(),
-                rejected_ref=logps[len(part) + index, -len(rejected) :].tolist(),
+                rejected_ref=logps[len(kept) + index, -len(rejected) :].tolist(),
             )
 
 

@@ -65,7 +65,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Correction:
-    """A corrected answer; `targets` in the order of its {seg}; `changed` tells whether it differs at all."""
+    """A corrected answer; `targets` in the order of its {seg}, empty where not all of them are known;
+    `changed` tells whether it differs at all."""
 
     answer: str
     targets: tuple[Region, ...]

@@ -1,38 +1,86 @@
-"""Stage `text_preferences` (P_t): the SFT model's sampled answers, corrected by the ground truth."""
+"""Stage `text_preferences` (P_t): the SFT model's sampled answers, corrected by rule, a judge or people."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from popen.params import Params
 from popen.stages.run import stage
 
+if TYPE_CHECKING:
+    from popen.preference.records import Skipped, TextPair
+    from popen.preference.sources import Source
+    from popen.samples import Sample
+
 MODEL, OUT = Path("artifacts/models/sft"), Path("artifacts/preferences/text.jsonl")
+SKIPPED = OUT.with_name("skipped.jsonl")
 
 
 def main() -> None:
     with stage("text_preferences") as run:
-        from popen.model.segmenter import Segmenter
-        from popen.preference.records import write_text_pairs
-        from popen.preference.sampling import text_pairs
+        from popen.preference.records import write_skipped, write_text_pairs
+        from popen.preference.sampling import PairsError
         from popen.stages.learning import samples
 
-        params = run.params
-        pairs = list(
-            text_pairs(
-                Segmenter.load(MODEL),
-                Path(params.data.root),
-                samples("preference"),
-                params.text_preferences,
-                params.evaluate.batch,
-                params.evaluate.max_new_tokens,
-                params.data.max_pixels,
-                params.seed,
+        asked = samples("preference")
+        pairs, skipped = make(run.params, asked, _source(run.params, asked, run.home))
+        if not pairs and skipped:
+            raise PairsError(
+                f"text_preferences: none of {len(asked)} questions has a corrected answer; of the first one:"
+                f" {skipped[0].reason}"
             )
-        )
         write_text_pairs(OUT, pairs)
+        write_skipped(SKIPPED, skipped)
+        if skipped:
+            run.say(f"{len(skipped)} answers have no correction, {SKIPPED} says why")
         run.log_metrics(
-            {"pairs": len(pairs), "corrected": sum(pair.differs for pair in pairs) / max(1, len(pairs))}
+            {
+                "pairs": len(pairs),
+                "corrected": sum(pair.differs for pair in pairs) / max(1, len(pairs)),
+                "skipped": len(skipped),
+            }
         )
+
+
+def make(params: Params, asked: Sequence[Sample], source: Source) -> tuple[list[TextPair], list[Skipped]]:
+    """Sample answers to the questions under the parameters, and have the source correct them."""
+    from popen.model.segmenter import Segmenter
+    from popen.preference.records import Skipped, TextPair
+    from popen.preference.sampling import text_pairs
+
+    made = list(
+        text_pairs(
+            Segmenter.load(MODEL),
+            Path(params.data.root),
+            asked,
+            params.text_preferences,
+            params.evaluate.batch,
+            params.evaluate.max_new_tokens,
+            params.data.max_pixels,
+            params.seed,
+            source,
+        )
+    )
+    pairs = [record for record in made if isinstance(record, TextPair)]
+    return pairs, [record for record in made if isinstance(record, Skipped)]
+
+
+def _source(params: Params, asked: Sequence[Sample], home: Path) -> Source:
+    chosen = params.text_preferences
+    if chosen.source == "judge" and chosen.judge:
+        from popen.preference.judge import Judge
+
+        kept = home / ".checkpoints" / "judge"
+        return Judge(chosen.judge, Path(params.data.root), params.data.max_pixels, kept)
+    if chosen.source == "people" and chosen.people:
+        from popen.preference.people import FOLDER, Corrections
+
+        return Corrections.read(FOLDER / chosen.people.file, asked)
+    from popen.preference.sampling import rule
+
+    return rule
 
 
 if __name__ == "__main__":

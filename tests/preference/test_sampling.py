@@ -29,7 +29,8 @@ MASKS = MaskPreferenceParams(
 
 def texts(model: Segmenter, data: Data, seed: int = 0, **changes: object) -> list[TextPair]:
     params = TEXT.model_copy(update=changes)
-    return list(text_pairs(model, *data, params, batch=3, max_new_tokens=24, max_pixels=2000, seed=seed))
+    made = text_pairs(model, *data, params, batch=3, max_new_tokens=24, max_pixels=2000, seed=seed)
+    return [record for record in made if isinstance(record, TextPair)]
 
 
 @pytest.fixture(scope="module")
