@@ -17,7 +17,7 @@ PARAMS = Path(__file__).parents[1] / "params.yaml"
 
 
 def check(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [POPEN, "data", "check", root, *words, "--params", PARAMS]
+    command: list[str | Path] = [POPEN, "data", "check", root, *words, "--params", PARAMS]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
 
 

@@ -42,8 +42,10 @@ class Found:
         """Where the counts are not the published ones: "20 of 239 images"."""
         if self.published is None or self.published.rounded or self.missing_files:
             return []
-        pairs = ((self.images, self.published.images, "images"),)
-        pairs += ((self.questions, self.published.questions, "questions"),)
+        pairs = [
+            (self.images, self.published.images, "images"),
+            (self.questions, self.published.questions, "questions"),
+        ]
         return [f"{n:,} of {known:,} {what}" for n, known, what in pairs if known not in (None, n)]
 
     @property

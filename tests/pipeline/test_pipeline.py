@@ -21,6 +21,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from popen.data.scenes import export
+from popen.evaluation.peers import PEERS
 from popen.params import NoiseParams, ScenesParams
 
 ROOT = Path(__file__).parents[2]
@@ -160,7 +161,9 @@ def test_every_stage_runs_and_the_summary_is_complete(first: tuple[Path, str]) -
         assert list(summary[benchmark]) == SYSTEMS
         asked = len((clone / f"artifacts/index/{benchmark}.jsonl").read_text().splitlines())
         for system in SYSTEMS:
-            assert set(summary[benchmark][system]) == figures
+            assert set(summary[benchmark][system]) == figures | set(PEERS)
+            forced = summary[benchmark][system]["teacher_forced/gIoU"]
+            assert forced is None if system == "popen+ensemble" else 0 <= forced <= 1
             assert summary[benchmark][system]["questions"] == asked > 0
             with gzip.open(clone / f"artifacts/evaluate/{benchmark}/{system}/predictions.jsonl.gz") as file:
                 assert len(file.readlines()) == asked
