@@ -215,8 +215,11 @@ class Tracker:
         return parent
 
 
-class Untracked:
+class Untracked(Tracker):
     """What stands for the tracker in a process that only helps the main one of its stage."""
+
+    def __init__(self) -> None:
+        self.run_id, self.uri = None, ""
 
     def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None: ...
 

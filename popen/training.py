@@ -128,7 +128,7 @@ def train(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     if bf16:  # of the model alone, not of the loss
-        model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+        model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
     trainable = [p for p in model.parameters() if p.requires_grad]
     chosen = optimizers(model, params, slow)
     warmup = math.ceil(params.warmup * params.steps)

@@ -169,6 +169,13 @@ class Ensemble:
     params: EnsembleParams
     threshold: float
 
+    def to(self, device: torch.device) -> Ensemble:
+        """This ensemble with its models moved to `device`."""
+        for part in (self.model, self.reference, self.attention):
+            if part is not None:
+                part.to(device)
+        return self
+
     def answer(
         self,
         images: Sequence[Image.Image],

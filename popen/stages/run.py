@@ -67,11 +67,10 @@ class Run:
         self._points: dict[tuple[int, str], float] = {}
         commit, lock, data = pipeline.git_commit(root), pipeline.lock_digest(root), pipeline.data_hash(root)
         tags = {"mlflow.source.git.commit": commit, "dvc.lock": lock, "data": data}
-        self.tracker: Tracker | Untracked = Untracked()
-        if self.main:
-            self.tracker = Tracker(
-                home, name, params.model_dump(mode="json"), {k: tag for k, tag in tags.items() if tag}, data
-            )
+        told = {key: tag for key, tag in tags.items() if tag}
+        self.tracker = (
+            Tracker(home, name, params.model_dump(mode="json"), told, data) if self.main else Untracked()
+        )
 
     def say(self, text: str) -> None:
         """One line of progress."""
