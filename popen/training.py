@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from popen import devices
+from popen import devices, sharding
 from popen.optim import Slow, optimizers
 from popen.params import TrainParams
 
@@ -65,14 +65,15 @@ class Curve:
 
 class _Objective(nn.Module):
     """A model and its loss as one module: what DDP wraps. It must see which parameters the loss reaches,
-    for a process without a target reaches fewer than the others."""
+    for a process without a target reaches fewer than the others. A sharded model must reach all."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         super().__init__()
         self.model, self.loss = model, loss
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
-        return self.loss(self.model, batch)
+        value, parts = self.loss(self.model, batch)
+        return (value + sharding.reached(self.model) if sharding.wanted() else value), parts
 
 
 class Items(Dataset[Any]):
@@ -129,16 +130,18 @@ def train(
     )
     if bf16:  # of the model alone, not of the loss
         model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
+    if sharding.wanted():
+        sharding.shard(model.to(accelerator.device))
     trainable = [p for p in model.parameters() if p.requires_grad]
     chosen = optimizers(model, params, slow)
     warmup = math.ceil(params.warmup * params.steps)
     schedules = [get_cosine_schedule_with_warmup(one, warmup, params.steps) for one in chosen]
     curve = Curve(log)
     accelerator.register_for_checkpointing(*schedules, curve)
-    # checkpoints hold the plain model: any number of processes can go on from them
-    accelerator.register_save_state_pre_hook(lambda _, states, __: states.__setitem__(0, model.state_dict()))
-    accelerator.register_load_state_pre_hook(lambda models, _: models.__setitem__(0, model))
-    prepared, *chosen = accelerator.prepare(_Objective(model, loss), *chosen)
+    _keep_plain(accelerator, model, chosen)
+    objective = _Objective(model, loss)
+    prepared = accelerator.prepare_model(objective, evaluation_mode=sharding.wanted())  # that is, without DDP
+    chosen = [accelerator.prepare(one) for one in chosen]
     found: tuple[int, Path] | None = checkpoints.latest()
     done = 0
     if found is not None:
@@ -172,7 +175,9 @@ def train(
                 _stop_unless_finite(total, "loss", parts, name, step)
                 accelerator.backward(value)
                 if accelerator.sync_gradients:
-                    parts["grad_norm"] = accelerator.clip_grad_norm_(trainable, params.clip)
+                    if sharding.wanted():
+                        sharding.reduce_scalars(model)
+                    parts["grad_norm"] = sharding.plain(accelerator.clip_grad_norm_(trainable, params.clip))
                     _stop_unless_finite(parts["grad_norm"], "gradient's norm", parts, name, step)
                 for optimizer in chosen:
                     optimizer.step()
@@ -197,7 +202,28 @@ def train(
                 prepared.train()
             if step % params.checkpoint_every == 0 and step < params.steps:
                 _save(checkpoints, step, lambda folder: accelerator.save_state(str(folder)))
+    if sharding.wanted():
+        sharding.gather(model)
     model.eval()
+
+
+def _keep_plain(accelerator: Any, model: nn.Module, chosen: Sequence[torch.optim.Optimizer]) -> None:
+    """Checkpoints hold the plain model and moments: any number of processes can go on from them."""
+
+    def save(_: list[nn.Module], states: list[dict[str, Tensor]], __: str) -> None:
+        states[0] = sharding.weights(model) if sharding.wanted() else model.state_dict()
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        if sharding.wanted():
+            sharding.load_weights(model, Path(folder, "model.safetensors"))
+            models.clear()
+        else:
+            models[0] = model
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+    for optimizer in chosen if sharding.wanted() else ():
+        sharding.plain_moments(optimizer)
 
 
 def _say(text: str) -> None:
@@ -227,6 +253,11 @@ def _stop_unless_shareable(model: nn.Module, params: TrainParams, name: str) -> 
         raise devices.DevicesError(
             f"{name}: {params.images} images a step cannot be shared by {count} devices; make `images` a "
             "multiple of their number"
+        )
+    if params.muon and sharding.wanted():
+        raise devices.DevicesError(
+            f"{name}: Muon needs whole matrices, and {sharding.ASKED}=1 spreads them over the devices; set "
+            "`muon` to 0 or leave them whole"
         )
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and any(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,13 @@ def test_what_two_processes_cannot_share_is_refused(
         toys.run(toys.toy(), tmp_path)
 
 
+def test_muon_is_refused_where_the_model_is_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("POPEN_SHARD", "1")
+    with pytest.raises(DevicesError, match="Muon needs whole matrices, .* set `muon` to 0"):
+        toys.run(toys.toy(0.0), tmp_path, muon=0.02)
+
+
 def test_a_share_weighs_a_mean_by_what_is_in_it() -> None:
     assert devices.share(3) == 1.0
 
@@ -204,3 +213,36 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> N
     assert said[0] == said[1]
     assert "the loss is inf at step 12" in said[0]
     assert Checkpoints(tmp_path).latest() == (7, tmp_path / "step-00000007")
+
+
+def test_a_sharded_model_makes_the_steps_of_a_whole_one_and_resumes_its_checkpoints(
+    mini_model: Segmenter, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two processes, from one process's checkpoint; and on four and on one, from the two's."""
+    batch = sft_batch(mini_model, data)
+    one = trained(mini_model, sft, batch, tmp_path / "one")
+
+    def work() -> Any:
+        os.environ["POPEN_SHARD"] = "1"
+        straight = trained(mini_model, sft, batch, tmp_path / "two")
+        torch.distributed.barrier()
+        return straight, trained(mini_model, sft, batch, tmp_path / "one")
+
+    (first, behind_one), (second, _) = together(work)
+    means = [(mine + others) / 2 for mine, others in zip(first[0], second[0], strict=True)]
+    assert means == pytest.approx(one[0], rel=0, abs=1e-5)
+    same(one, first)
+    assert len(behind_one[0]) == 2
+    same(one, behind_one)
+    shutil.copytree(tmp_path / "two", tmp_path / "four")
+    behind_two = together(lambda: work_on(mini_model, batch, tmp_path / "four"), 4)[0]
+    assert len(behind_two[0]) == 2
+    same(one, behind_two)
+    whole = trained(mini_model, sft, batch, tmp_path / "two")
+    assert len(whole[0]) == 2
+    same(one, whole)
+
+
+def work_on(model: Segmenter, batch: Callable[..., Any], folder: Path) -> Any:
+    os.environ["POPEN_SHARD"] = "1"
+    return trained(model, sft, batch, folder)
