@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from popen import devices
@@ -105,6 +105,9 @@ def plain_moments(optimizer: torch.optim.Optimizer) -> None:
 def gather(model: nn.Module) -> None:
     """Make the main process's model whole again, on the CPU; the other processes' is of no use then."""
     done: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward without a backward has left weights gathered
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if not isinstance(parameter, DTensor):
