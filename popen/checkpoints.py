@@ -61,7 +61,7 @@ def write_whole(path: Path, content: bytes) -> None:
 class Checkpoints:
     """The checkpoints of one stage and fingerprint, each a folder `step-00000123`.
 
-    One process writes at a time (DVC locks a stage's outputs).
+    One stage writes at a time (DVC locks its outputs), and of its processes the main one calls `save`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,7 +74,7 @@ class Checkpoints:
         cases the previous checkpoint stays as it was.
         """
         final = self.folder / f"step-{step:08d}"
-        draft = self.folder / f"{final.name}.writing"
+        draft = self.draft(step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -98,6 +98,10 @@ class Checkpoints:
         for _, old in self._complete()[:-KEPT]:
             shutil.rmtree(old)
         return final
+
+    def draft(self, step: int) -> Path:
+        """The folder that `save` lets `write` fill."""
+        return self.folder / f"step-{step:08d}.writing"
 
     def latest(self) -> tuple[int, Path] | None:
         """Step and folder of the newest complete checkpoint, or None."""

@@ -118,7 +118,7 @@ class TrainParams(Group):
     """What every training stage shares."""
 
     steps: Positive
-    images: Positive  # images a step and device
+    images: Positive  # images a step, of all devices together
     questions: Positive  # questions an image
     accumulate: Positive
     lr: float = Field(gt=0)

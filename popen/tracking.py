@@ -215,6 +215,23 @@ class Tracker:
         return parent
 
 
+class Untracked(Tracker):
+    """What stands for the tracker in a process that only helps the main one of its stage."""
+
+    def __init__(self) -> None:
+        self.run_id, self.uri = None, ""
+
+    def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None: ...
+
+    def set_tags(self, tags: Mapping[str, str]) -> None: ...
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None: ...
+
+    def log_figure(self, figure: Figure, name: str) -> None: ...
+
+    def close(self, status: Status) -> None: ...
+
+
 def tracking_uri(home: Path) -> str:
     """Where the records go: `MLFLOW_TRACKING_URI`, else `mlflow.db` in the clone."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"

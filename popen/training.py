@@ -1,4 +1,7 @@
-"""The one training loop, on `accelerate`: accumulation, clipping, checkpoints, a stop before a bad step."""
+"""The one training loop, on `accelerate`: accumulation, clipping, checkpoints, a stop before a bad step.
+
+Several processes (`popen.devices`) share each micro-batch and make the steps that one process would make.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from popen import devices, sharding
 from popen.optim import Slow, optimizers
 from popen.params import TrainParams
 
 Log = Callable[[dict[str, float], int], None]
-Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Any]]]  # parts: tensors () or numbers
 
 
 class DivergedError(RuntimeError):
@@ -34,7 +38,7 @@ class Curve:
         self.points: list[tuple[int, dict[str, float]]] = []
         self.sums: dict[str, tuple[float, int]] = {}  # name -> sum and count: not every batch has every name
 
-    def add(self, parts: dict[str, Tensor]) -> None:
+    def add(self, parts: dict[str, Tensor | float]) -> None:
         """The figures of one micro-batch."""
         for name, value in parts.items():
             total, count = self.sums.get(name, (0.0, 0))
@@ -57,6 +61,19 @@ class Curve:
         self.points, self.sums = state["points"], state["sums"]
         for step, values in self.points:
             self.log(values, step)
+
+
+class _Objective(nn.Module):
+    """A model and its loss as one module: what DDP wraps. It must see which parameters the loss reaches,
+    for a process without a target reaches fewer than the others. A sharded model must reach all."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+        value, parts = self.loss(self.model, batch)
+        return (value + sharding.reached(self.model) if sharding.wanted() else value), parts
 
 
 class Items(Dataset[Any]):
@@ -88,35 +105,50 @@ def train(
 
     Args:
         item: number -> one item (an image with its questions, a pair); a pure function of the number.
-        collate: `params.images` items -> what `loss` takes.
-        loss: the prepared model and a batch -> scalar and its parts.
+        collate: `params.images` items, or one of several processes' part of them -> what `loss` takes.
+        loss: the model and a batch -> scalar and its parts. Its means are multiplied by `devices.share`,
+            or several processes would weigh their parts of a batch alike, whatever is in them.
         checkpoints: a `popen.checkpoints.Checkpoints`; training goes on from the last complete one.
         slow: see `popen.optim.optimizers`.
         evaluate: called every `params.eval_every` steps and at the end; what it returns is logged.
 
-    Raises DivergedError before the optimiser step when the loss or its gradient is not finite.
+    Every process calls this with the same arguments; all but the main one log and write nothing.
+
+    Raises DivergedError before the optimiser step when the loss or its gradient is not finite, and
+    DevicesError for what several processes cannot share.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
     from transformers import get_cosine_schedule_with_warmup
 
+    _stop_unless_shareable(model, params, name)
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     accelerator = Accelerator(
-        gradient_accumulation_steps=params.accumulate, mixed_precision="bf16" if bf16 else "no", cpu=not bf16
+        gradient_accumulation_steps=params.accumulate,
+        cpu=not bf16,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if bf16:  # of the model alone, not of the loss
+        model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
+    if sharding.wanted():
+        sharding.shard(model.to(accelerator.device))
     trainable = [p for p in model.parameters() if p.requires_grad]
     chosen = optimizers(model, params, slow)
     warmup = math.ceil(params.warmup * params.steps)
     schedules = [get_cosine_schedule_with_warmup(one, warmup, params.steps) for one in chosen]
     curve = Curve(log)
     accelerator.register_for_checkpointing(*schedules, curve)
-    prepared, *chosen = accelerator.prepare(model, *chosen)
+    _keep_plain(accelerator, model, chosen)
+    objective = _Objective(model, loss)
+    prepared = accelerator.prepare_model(objective, evaluation_mode=sharding.wanted())  # that is, without DDP
+    chosen = [accelerator.prepare(one) for one in chosen]
     found: tuple[int, Path] | None = checkpoints.latest()
     done = 0
     if found is not None:
         done, folder = found
         accelerator.load_state(str(folder))
-        tqdm.write(f"{name}: goes on from step {done}")
-    a_step = params.images * params.accumulate * accelerator.num_processes
+        _say(f"{name}: goes on from step {done}")
+    a_step = params.images * params.accumulate
     loader = DataLoader(
         Items(params.steps * a_step, done * a_step, item),
         batch_size=params.images,
@@ -127,20 +159,30 @@ def train(
     prepared.train()
     step = done
     with tqdm(
-        total=params.steps, initial=done, desc=name, unit="step", mininterval=2.0, dynamic_ncols=True
+        total=params.steps,
+        initial=done,
+        desc=name,
+        unit="step",
+        mininterval=2.0,
+        dynamic_ncols=True,
+        disable=not devices.is_main(),
     ) as bar:
         for batch in loader:
             with accelerator.accumulate(prepared):
-                value, parts = loss(prepared, batch)
-                _stop_unless_finite(value, "loss", parts, name, step)
+                value, parts = prepared(batch)
+                parts = devices.means({"loss": value.detach(), **parts})
+                total = parts.pop("loss")
+                _stop_unless_finite(total, "loss", parts, name, step)
                 accelerator.backward(value)
                 if accelerator.sync_gradients:
-                    parts["grad_norm"] = accelerator.clip_grad_norm_(trainable, params.clip)
+                    if sharding.wanted():
+                        sharding.reduce_scalars(model)
+                    parts["grad_norm"] = sharding.plain(accelerator.clip_grad_norm_(trainable, params.clip))
                     _stop_unless_finite(parts["grad_norm"], "gradient's norm", parts, name, step)
                 for optimizer in chosen:
                     optimizer.step()
                     optimizer.zero_grad()
-            curve.add({"loss": value.detach(), **parts})
+            curve.add({"loss": total, **parts})
             if not accelerator.sync_gradients:
                 continue
             for schedule in schedules:
@@ -156,17 +198,83 @@ def train(
                 prepared.eval()
                 figures = evaluate()
                 curve.point(figures, step)
-                tqdm.write(f"{name} step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+                _say(f"{name} step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()))
                 prepared.train()
             if step % params.checkpoint_every == 0 and step < params.steps:
-                checkpoints.save(step, lambda folder: accelerator.save_state(str(folder)))
+                _save(checkpoints, step, lambda folder: accelerator.save_state(str(folder)))
+    if sharding.wanted():
+        sharding.gather(model)
     model.eval()
 
 
-def _stop_unless_finite(value: Tensor, what: str, parts: dict[str, Tensor], name: str, step: int) -> None:
-    if not torch.isfinite(value):
+def _keep_plain(accelerator: Any, model: nn.Module, chosen: Sequence[torch.optim.Optimizer]) -> None:
+    """Checkpoints hold the plain model and moments: any number of processes can go on from them."""
+
+    def save(_: list[nn.Module], states: list[dict[str, Tensor]], __: str) -> None:
+        states[0] = sharding.weights(model) if sharding.wanted() else model.state_dict()
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        if sharding.wanted():
+            sharding.load_weights(model, Path(folder, "model.safetensors"))
+            models.clear()
+        else:
+            models[0] = model
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+    for optimizer in chosen if sharding.wanted() else ():
+        sharding.plain_moments(optimizer)
+
+
+def _say(text: str) -> None:
+    if devices.is_main():
+        tqdm.write(text)
+
+
+def _save(checkpoints: Any, step: int, write: Callable[[Path], None]) -> None:
+    """Save a checkpoint that all processes write into; the main one begins and completes it."""
+
+    def together(folder: Path) -> None:
+        devices.wait()
+        write(folder)
+        devices.wait()
+
+    if devices.is_main():
+        checkpoints.save(step, together)
+    else:
+        together(checkpoints.draft(step))
+
+
+def _stop_unless_shareable(model: nn.Module, params: TrainParams, name: str) -> None:
+    count = devices.count()
+    if count == 1:
+        return
+    if params.images % count:
+        raise devices.DevicesError(
+            f"{name}: {params.images} images a step cannot be shared by {count} devices; make `images` a "
+            "multiple of their number"
+        )
+    if params.muon and sharding.wanted():
+        raise devices.DevicesError(
+            f"{name}: Muon needs whole matrices, and {sharding.ASKED}=1 spreads them over the devices; set "
+            "`muon` to 0 or leave them whole"
+        )
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and any(
+            parameter.requires_grad for parameter in module.parameters()
+        ):
+            raise devices.DevicesError(
+                f"{name}: batch norm that trains would see another batch on each device; keep the tower "
+                "frozen (sft.vision 0) or use one device"
+            )
+
+
+def _stop_unless_finite(
+    value: Tensor | float, what: str, parts: dict[str, Tensor | float], name: str, step: int
+) -> None:
+    if not math.isfinite(value):
         figures = {key: round(float(part), 4) for key, part in parts.items()}
         raise DivergedError(
-            f"{name}: the {what} is {value.item()} at step {step}: {figures}; lower the learning rate or "
+            f"{name}: the {what} is {float(value)} at step {step}: {figures}; lower the learning rate or "
             "look at the data of this step"
         )

@@ -186,6 +186,13 @@ class Ensemble:
     # a GPU writes a word for all of them in about the time of one; small ones on a CPU gain nothing
     together: bool = False
 
+    def to(self, device: torch.device) -> Ensemble:
+        """This ensemble with its models moved to `device`."""
+        for part in (self.model, self.reference, self.attention):
+            if part is not None:
+                part.to(device)
+        return self
+
     def answer(
         self,
         images: Sequence[Image.Image],

@@ -55,6 +55,22 @@ def batches(samples: Sequence[Sample], size: int) -> Iterator[tuple[Sequence[Sam
         yield part, images, [Row(images.index(sample.image), sample.question) for sample in part]
 
 
+Timed = tuple[Sample, Answer, float]  # with the seconds of the question (its share of its batch)
+
+
+@torch.no_grad()
+def answer_batch(
+    model: Segmenter, root: Path, samples: Sequence[Sample], params: EvaluateParams, max_pixels: int
+) -> list[Timed]:
+    """Greedy answers to at most `params.batch` questions."""
+    ((part, images, rows),) = batches(samples, params.batch)
+    start = time.perf_counter()
+    opened = [open_image(root, image, max_pixels) for image in images]
+    found = generate(model, opened, rows, params.max_new_tokens)
+    seconds = (time.perf_counter() - start) / len(part)
+    return [(sample, answer, seconds) for sample, answer in zip(part, found, strict=True)]
+
+
 def answers(
     model: Segmenter,
     root: Path,
@@ -62,14 +78,10 @@ def answers(
     params: EvaluateParams,
     max_pixels: int,
     name: str,
-) -> Iterator[tuple[Sample, Answer, float]]:
-    """Greedy answers in the order of `samples`, with the seconds each took (its share of the batch)."""
-    with torch.no_grad(), tqdm(total=len(samples), desc=name, unit="question", mininterval=2.0) as bar:
-        for part, images, rows in batches(samples, params.batch):
-            start = time.perf_counter()
-            opened = [open_image(root, image, max_pixels) for image in images]
-            found = generate(model, opened, rows, params.max_new_tokens)
-            seconds = (time.perf_counter() - start) / len(part)
-            for sample, answer in zip(part, found, strict=True):
-                yield sample, answer, seconds
-            bar.update(len(part))
+) -> Iterator[Timed]:
+    """Greedy answers in the order of `samples`."""
+    with tqdm(total=len(samples), desc=name, unit="question", mininterval=2.0) as bar:
+        for start in range(0, len(samples), params.batch):
+            found = answer_batch(model, root, samples[start : start + params.batch], params, max_pixels)
+            yield from found
+            bar.update(len(found))

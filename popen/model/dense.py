@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from popen.devices import share
 from popen.masks import Mask, decode
 from popen.model.decoder import Neck
 from popen.model.vision import Tower
@@ -75,7 +76,8 @@ def dense_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear")
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp(min=1)
+    count = (labels != IGNORED).sum()
+    return total / count.clamp(min=1) * share(count)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""SFT losses: words, masks, and the dense auxiliary."""
+"""SFT losses: words, masks, and the dense auxiliary.
+
+Means are over what all processes of a training have (`popen.devices.share`; one process: its own).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from popen.devices import share
 from popen.model.batches import Batch
 from popen.model.dense import IGNORED, dense_loss
 from popen.model.segmenter import Output
@@ -23,7 +27,8 @@ def token_logps(logits: Tensor, batch: Batch) -> Tensor:
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
     """Mean over the answers' tokens, (A, V) -> ()."""
-    return F.cross_entropy(logits.float(), batch.labels[:, 1:][batch.answered])
+    labels = batch.labels[:, 1:][batch.answered]
+    return F.cross_entropy(logits.float(), labels) * share(len(labels))
 
 
 def dice(logits: Tensor, masks: Tensor, valid: Tensor) -> Tensor:
@@ -51,13 +56,14 @@ def contested(logits: Tensor, row_of_target: Tensor, rows: int) -> Tensor:
 
 def mask_loss(logits: Tensor, batch: Batch, weights: SftWeights) -> dict[str, Tensor]:
     """BCE, with the contested pixels weighted by 1 + refine (PixelLM's target refinement), and Dice."""
+    part = share(len(logits))
     if not len(logits):
         return {"bce": logits.sum(), "dice": logits.sum()}
     claimed = contested(logits, batch.row_of_target, len(batch.input_ids))
     pixel_weights = batch.valid * (1 + weights.refine * claimed)
     return {
-        "bce": bce(logits.float(), batch.masks, pixel_weights).mean(),
-        "dice": dice(logits.float(), batch.masks, batch.valid).mean(),
+        "bce": bce(logits.float(), batch.masks, pixel_weights).mean() * part,
+        "dice": dice(logits.float(), batch.masks, batch.valid).mean() * part,
     }
 
 
@@ -68,7 +74,11 @@ def describe_loss(described: Tensor, batch: Batch) -> Tensor:
     language model that does not yet look back at the words before. (N, S, 1 + categories + 3): logits of
     the kind (the dense label of most of its pixels), then centre x, y and root of the area, all in 0..1.
     """
-    if not len(described) or batch.dense is None:
+    if batch.dense is None:
+        return described.sum() * 0
+    part = share(len(described))
+    if not len(described):
+        share(0)
         return described.sum() * 0
     labels = batch.dense[batch.image_of_target].flatten(1)
     masks, size = batch.masks.flatten(1), batch.masks.shape[-1]
@@ -85,19 +95,21 @@ def describe_loss(described: Tensor, batch: Batch) -> Tensor:
     named = F.cross_entropy(
         logits.flatten(0, 1), kinds.repeat_interleave(scales), ignore_index=IGNORED, reduction="sum"
     )
-    count = (kinds != IGNORED).sum().clamp(min=1) * scales
-    return named / count + 4 * F.l1_loss(placed, where)
+    known = (kinds != IGNORED).sum()
+    count = known.clamp(min=1) * scales
+    return named / count * share(known) + 4 * F.l1_loss(placed, where) * part
 
 
 def point_loss(looked: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy of where a target's embedding looks, (N, S, h w) logits, against its mask's share of
     each cell (ours). A target without a pixel counts as 0."""
+    part = share(len(looked))
     if not len(looked):
         return looked.sum()
     grid = round(looked.shape[-1] ** 0.5)
     shares = F.adaptive_avg_pool2d(batch.masks * batch.valid, grid).flatten(1)
     shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-6)
-    return -(shares[:, None] * looked.float().log_softmax(-1)).sum(-1).mean()
+    return -(shares[:, None] * looked.float().log_softmax(-1)).sum(-1).mean() * part
 
 
 def inventory_loss(logits: Tensor, counts: Tensor) -> Tensor:
@@ -112,7 +124,8 @@ def inventory_loss(logits: Tensor, counts: Tensor) -> Tensor:
     known = (counts != IGNORED).unsqueeze(-1).expand_as(logits)
     true = (counts.unsqueeze(-1) >= steps).float()
     loss = F.binary_cross_entropy_with_logits(logits.float(), true, weight=known.float(), reduction="sum")
-    return loss / known[:, 0, 0].sum().clamp(min=1)
+    count = known[:, 0, 0].sum()
+    return loss / count.clamp(min=1) * share(count)
 
 
 def sft_loss(output: Output, batch: Batch, weights: SftWeights) -> tuple[Tensor, dict[str, Tensor]]:

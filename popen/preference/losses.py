@@ -10,6 +10,7 @@ known to us; the forms are ours where no other source is named.
 
 Metrics carry TRL's names (`rewards/chosen`, ...), under `rewards_t` and `logps_t` for text and `rewards_s`
 for segmentation. An empty batch gives a loss of zero that can still be differentiated, and no metrics.
+Means are over the pairs of all processes of a training (`popen.devices.share`; one process: its own).
 
 Shapes: B answers, T tokens, N targets (flat), S scales, C decoder width, H W mask size.
 """
@@ -19,6 +20,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from popen.devices import share
 
 Metrics = dict[str, float]
 
@@ -64,13 +67,16 @@ def text_loss(
         The mean loss () and `rewards_t/{chosen,rejected,margins,accuracies}`, `logps_t/{chosen,rejected}`.
     """
     chosen, rejected = _precise(chosen), _precise(rejected)
+    part = share(len(chosen))
     loss, metrics = _dpo(
         beta * (chosen - _precise(chosen_ref).detach()),
         beta * (rejected - _precise(rejected_ref).detach()),
         "rewards_t",
+        part,
     )
     if metrics:
-        metrics |= {"logps_t/chosen": chosen.mean().item(), "logps_t/rejected": rejected.mean().item()}
+        means = {"logps_t/chosen": chosen.mean(), "logps_t/rejected": rejected.mean()}
+        metrics |= {name: (mean * part).item() for name, mean in means.items()}
     return loss, metrics
 
 
@@ -105,7 +111,7 @@ def embedding_loss(
         closer = (policy - reference) * (policy + reference - 2.0 * _precise(x).detach())
         return -beta * closer.sum(-1).mean(-1)
 
-    return _dpo(reward(winner), reward(loser), "rewards_s")
+    return _dpo(reward(winner), reward(loser), "rewards_s", share(len(policy)))
 
 
 def mask_loss(
@@ -148,21 +154,23 @@ def mask_loss(
         gain = F.logsigmoid(sign * policy) - F.logsigmoid(sign * reference)
         return beta * (gain * differs).sum((1, 2)) / size
 
-    return _dpo(reward(sign), reward(-sign), "rewards_s")
+    return _dpo(reward(sign), reward(-sign), "rewards_s", share(len(policy)))
 
 
-def _dpo(chosen: Tensor, rejected: Tensor, name: str) -> tuple[Tensor, Metrics]:
-    """Mean of -log sigmoid(chosen - rejected) over rewards (N,), and what TRL reports about them."""
+def _dpo(chosen: Tensor, rejected: Tensor, name: str, part: Tensor | float) -> tuple[Tensor, Metrics]:
+    """Mean of -log sigmoid(chosen - rejected) over rewards (N,), and what TRL reports about them; both are
+    multiplied by `part`."""
     margins = chosen - rejected
-    loss = -F.logsigmoid(margins).sum() / max(len(margins), 1)
+    loss = -F.logsigmoid(margins).sum() / max(len(margins), 1) * part
     if len(margins) == 0:
         return loss, {}
-    return loss, {
-        f"{name}/chosen": chosen.mean().item(),
-        f"{name}/rejected": rejected.mean().item(),
-        f"{name}/margins": margins.mean().item(),
-        f"{name}/accuracies": (margins > 0).float().mean().item(),
+    means = {
+        f"{name}/chosen": chosen.mean(),
+        f"{name}/rejected": rejected.mean(),
+        f"{name}/margins": margins.mean(),
+        f"{name}/accuracies": (margins > 0).float().mean(),
     }
+    return loss, {key: (mean * part).item() for key, mean in means.items()}
 
 
 def _precise(x: Tensor) -> Tensor:

@@ -54,15 +54,16 @@ class Skipped:
 
 def write_text_pairs(path: Path, pairs: Iterable[TextPair]) -> int:
     """Write pairs as JSON lines; returns how many."""
-    return _write_lines(path, pairs)
+    return write_records(path, pairs)
 
 
 def write_skipped(path: Path, skipped: Iterable[Skipped]) -> int:
     """Write what made no pair as JSON lines; returns how many."""
-    return _write_lines(path, skipped)
+    return write_records(path, skipped)
 
 
-def _write_lines(path: Path, records: Iterable[TextPair] | Iterable[Skipped]) -> int:
+def write_records(path: Path, records: Iterable[TextPair | Skipped]) -> int:
+    """Write both kinds as JSON lines, as they come; returns how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(record), sort_keys=True, ensure_ascii=False) + "\n" for record in records]
     path.write_text("".join(lines), encoding="utf-8")
@@ -70,10 +71,18 @@ def _write_lines(path: Path, records: Iterable[TextPair] | Iterable[Skipped]) ->
 
 
 def read_text_pairs(path: Path) -> Iterator[TextPair]:
+    return (record for record in read_records(path) if isinstance(record, TextPair))
+
+
+def read_records(path: Path) -> Iterator[TextPair | Skipped]:
     with path.open(encoding="utf-8") as file:  # not str.splitlines, which also splits at U+2028 and the like
         for line in file:
             record = json.loads(line)
-            yield TextPair(**(record | {"targets": tuple(Region(**region) for region in record["targets"])}))
+            if "reason" in record:
+                yield Skipped(**record)
+            else:
+                regions = tuple(Region(**region) for region in record["targets"])
+                yield TextPair(**(record | {"targets": regions}))
 
 
 @dataclass(frozen=True)

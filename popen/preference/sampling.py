@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
+from popen import devices
 from popen.data.images import open_image
 from popen.masks import decode
 from popen.model.batches import Row
@@ -17,6 +17,7 @@ from popen.model.generate import Answer, generate
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
 from popen.params import MaskPreferenceParams, TextPreferenceParams
+from popen.parts import Parts, in_batches
 from popen.preference.alignment import chosen_rows
 from popen.preference.masks import noise_rectangles, rank
 from popen.preference.records import MaskPairs, Skipped, TextPair
@@ -34,7 +35,6 @@ def rule(answers: Sequence[Answer], sample: Sample, skip: Skip) -> tuple[str, Co
     return first_wrong((said.text, correct(said.text, sample, _drawn(said, sample))) for said in answers)
 
 
-@torch.no_grad()
 def text_pairs(
     model: Segmenter,
     root: Path,
@@ -45,11 +45,17 @@ def text_pairs(
     max_pixels: int,
     seed: int,
     source: Source = rule,
+    parts: Parts[TextPair | Skipped] | None = None,
 ) -> Iterator[TextPair | Skipped]:
     """P_t: of `params.samples` answers a question, the first wrong one (else the first), corrected by the
-    source. Answers that it has no correction for are yielded as Skipped; a question may give no pair."""
+    source. Answers that it has no correction for are yielded as Skipped; a question may give no pair.
+
+    `parts` shares the batches among processes and keeps them (see `popen.parts.in_batches`).
+    """
     encoder = model.encoder
-    for start in tqdm(range(0, len(samples), batch), desc="text_preferences", unit="batch", mininterval=2.0):
+
+    @torch.no_grad()
+    def pairs_from(start: int) -> Iterator[TextPair | Skipped]:
         part = samples[start : start + batch]
         images = [open_image(root, sample.image, max_pixels) for sample in part]
         asked = [Row(index, sample.question) for index, sample in enumerate(part)]
@@ -66,7 +72,7 @@ def text_pairs(
         yield from skipped
         kept = [(row, sample, *pair) for row, sample, pair in zip(asked, part, found, strict=True) if pair]
         if not kept:
-            continue
+            return
         rows = [Row(row.image, row.question, fix.answer) for row, _, _, fix in kept]
         rows += [Row(row.image, row.question, text) for row, _, text, _ in kept]
         encoded = encoder.batch(images, rows).to(model.device)
@@ -87,8 +93,9 @@ def text_pairs(
                 rejected_ref=logps[len(kept) + index, -len(rejected) :].tolist(),
             )
 
+    return in_batches(range(0, len(samples), batch), pairs_from, "text_preferences", parts)
 
-@torch.no_grad()
+
 def mask_pairs(
     model: Segmenter,
     root: Path,
@@ -97,17 +104,19 @@ def mask_pairs(
     batch: int,
     max_pixels: int,
     seed: int,
+    parts: Parts[MaskPair] | None = None,
 ) -> dict[str, MaskPairs]:
     """P_s: K perturbed images answer with the corrected text; each target's masks are ranked by IoU.
 
     "coarse" pairs high with low, "fine" high with medium. Masks are ranked as the perturbed images' own
     features decode them; a winner must beat the clean image's mask. Raises PairsError where no target gives
-    a pair for one of the two.
+    a pair for one of the two. `parts` is as for `text_pairs`; processes beside the main one return nothing.
     """
     asked = [pair for pair in pairs if pair.targets]
     copies = params.perturbed
-    kept: dict[str, list[_MaskPair]] = {"coarse": [], "fine": []}
-    for start in tqdm(range(0, len(asked), batch), desc="mask_preferences", unit="batch", mininterval=2.0):
+
+    @torch.no_grad()
+    def pairs_from(start: int) -> Iterator[MaskPair]:
         part = asked[start : start + batch]
         images = [open_image(root, pair.image, max_pixels) for pair in part]
         encoded = model.encoder.batch(images, chosen_rows(part)).to(model.device)
@@ -146,19 +155,39 @@ def mask_pairs(
                     "reference_masks": clean.masks[target].half(),
                     "ious": torch.stack([ious[ranks.high, target], ious[loser, target], clean_ious[target]]),
                 }
-                kept[stage].append(
-                    _MaskPair(part[row].uid, place[target], {name: v.cpu() for name, v in values.items()})
+                yield MaskPair(
+                    stage, part[row].uid, place[target], {name: v.cpu() for name, v in values.items()}
                 )
-    return {stage: _stacked(stage, found) for stage, found in kept.items()}
+
+    found = list(in_batches(range(0, len(asked), batch), pairs_from, "mask_preferences", parts))
+    if parts is not None and not devices.is_main():
+        return {}
+    return {
+        stage: _stacked(stage, [pair for pair in found if pair.stage == stage])
+        for stage in ("coarse", "fine")
+    }
 
 
-class _MaskPair(NamedTuple):
+class MaskPair(NamedTuple):
+    """One of P_s, before they are stacked."""
+
+    stage: str
     uid: str
     target: int
     values: dict[str, torch.Tensor]
 
 
-def _stacked(stage: str, pairs: Sequence[_MaskPair]) -> MaskPairs:
+def write_mask_pairs(path: Path, pairs: Sequence[MaskPair]) -> None:
+    """Keep the pairs of a batch in one file."""
+    torch.save([tuple(pair) for pair in pairs], path)
+
+
+def read_mask_pairs(path: Path) -> list[MaskPair]:
+    """Read what `write_mask_pairs` wrote."""
+    return [MaskPair(*fields) for fields in torch.load(path, weights_only=True)]
+
+
+def _stacked(stage: str, pairs: Sequence[MaskPair]) -> MaskPairs:
     if not pairs:
         raise PairsError(
             f"mask_preferences: no target gives a pair ({stage}); raise mask_preferences.sigma or"

@@ -11,7 +11,7 @@ FROM_TO = {"coarse": ("sft", "coarse"), "fine": ("coarse", "popen")}
 
 
 def main(part: str) -> None:
-    with stage(f"align@{part}") as run:
+    with stage(f"align@{part}", shared=True) as run:
         from popen.model.segmenter import Segmenter
         from popen.preference.alignment import align_loss, collate
         from popen.preference.records import MaskPairs, read_text_pairs

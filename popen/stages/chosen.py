@@ -10,7 +10,7 @@ MODEL, OUT = Path("artifacts/models/sft"), Path("artifacts/models/chosen")
 
 
 def main() -> None:
-    with stage("chosen") as run:
+    with stage("chosen", shared=True) as run:
         from torch import Tensor, nn
 
         from popen.model.batches import Batch

@@ -10,7 +10,7 @@ MODEL, OUT = Path("artifacts/models/sft"), Path("artifacts/models/control")
 
 
 def main() -> None:
-    with stage("control") as run:
+    with stage("control", shared=True) as run:
         from torch import Tensor, nn
 
         from popen.model.batches import Batch

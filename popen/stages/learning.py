@@ -19,12 +19,14 @@ from popen.model.losses import sft_loss
 from popen.model.segmenter import Segmenter
 from popen.optim import Slow
 from popen.params import SftWeights, TrainParams
+from popen.parts import Parts
 from popen.preference.records import TextPair
 from popen.samples import Sample, read_index
 from popen.stages.run import Run
 from popen.training import Loss, train
 
 Pair = TypeVar("Pair", Sample, TextPair)
+T = TypeVar("T")
 
 REFERRING = ("refcoco", "refcoco+", "refcocog")
 INDEX = Path("artifacts/index")
@@ -127,9 +129,25 @@ def fit(
     `inputs` are files or folders, `settings` the further parameter groups that the stage depends on. The
     checkpoints are removed only when `save` has written the result: a full disk then costs no training.
     """
-    key = fingerprint(run.name, run.params.seed, params, *settings, [digest(path) for path in inputs])
-    checkpoints = Checkpoints(run.home / ".checkpoints" / f"{run.name}-{key}")
+    checkpoints = Checkpoints(_kept_in(run, [params, *settings], inputs))
     train(model, params, item, collate, loss, run.log_metrics, checkpoints, run.name, evaluate, slow)
     run.curves(Path("artifacts/curves") / f"{run.name.replace('@', '_')}.csv")
-    save()
-    checkpoints.clear()
+    if run.main:
+        save()
+        checkpoints.clear()
+
+
+def kept_parts(
+    run: Run,
+    inputs: Iterable[Path],
+    settings: Iterable[object],
+    write: Callable[[Path, list[T]], object],
+    read: Callable[[Path], Iterable[T]],
+) -> Parts[T]:
+    """Where a stage keeps the batches that are done; `inputs` and `settings` as for `fit`."""
+    return Parts(_kept_in(run, settings, inputs), write, read)
+
+
+def _kept_in(run: Run, settings: Iterable[object], inputs: Iterable[Path]) -> Path:
+    key = fingerprint(run.name, run.params.seed, *settings, [digest(path) for path in inputs])
+    return run.home / ".checkpoints" / f"{run.name}-{key}"

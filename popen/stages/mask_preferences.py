@@ -11,21 +11,26 @@ TEXT = OUT / "text.jsonl"
 
 
 def main() -> None:
-    with stage("mask_preferences") as run:
+    with stage("mask_preferences", shared=True) as run:
+        from popen import devices
         from popen.model.segmenter import Segmenter
         from popen.preference.records import read_text_pairs
-        from popen.preference.sampling import mask_pairs
+        from popen.preference.sampling import mask_pairs, read_mask_pairs, write_mask_pairs
+        from popen.stages.learning import kept_parts
 
         params = run.params
+        settings = [params.mask_preferences, params.evaluate.batch]
+        parts = kept_parts(run, [MODEL, TEXT], settings, write_mask_pairs, read_mask_pairs)
         texts = list(read_text_pairs(TEXT))
         found = mask_pairs(
-            Segmenter.load(MODEL),
+            Segmenter.load(MODEL).to(devices.device()),
             Path(params.data.root),
             texts,
             params.mask_preferences,
             max(1, params.evaluate.batch // 2),
             params.data.max_pixels,
             params.seed,
+            parts,
         )
         targets = sum(len(text.targets) for text in texts)
         for part, pairs in found.items():
@@ -44,6 +49,8 @@ def main() -> None:
                 f"{part}: {len(pairs)} pairs of {targets} targets; IoU {winner:.2f} over {loser:.2f},"
                 f" clean {clean:.2f}"
             )
+        if run.main:
+            parts.clear()
 
 
 if __name__ == "__main__":

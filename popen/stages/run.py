@@ -24,10 +24,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from popen import devices, pipeline
 from popen import params as parameters
-from popen import pipeline
 from popen.errors import explain
-from popen.tracking import Status, Tracker
+from popen.tracking import Status, Tracker, Untracked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,16 +63,19 @@ class Run:
         self.root = root
         self.home = home
         self.params = params
+        self.main = devices.is_main()  # else a process that helps: it writes no files and no records
         self._points: dict[tuple[int, str], float] = {}
         commit, lock, data = pipeline.git_commit(root), pipeline.lock_digest(root), pipeline.data_hash(root)
         tags = {"mlflow.source.git.commit": commit, "dvc.lock": lock, "data": data}
-        self.tracker = Tracker(
-            home, name, params.model_dump(mode="json"), {key: tag for key, tag in tags.items() if tag}, data
+        told = {key: tag for key, tag in tags.items() if tag}
+        self.tracker = (
+            Tracker(home, name, params.model_dump(mode="json"), told, data) if self.main else Untracked()
         )
 
     def say(self, text: str) -> None:
         """One line of progress."""
-        print(f"{self.name}: {text}", flush=True)
+        if self.main:
+            print(f"{self.name}: {text}", flush=True)
 
     def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Record metrics, with a step those of a curve. The same name and step again replaces the
@@ -83,6 +86,8 @@ class Run:
 
     def curves(self, path: Path) -> None:
         """Write every point so far as CSV: step, name, value, sorted. Call it when the work is done."""
+        if not self.main:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -102,8 +107,10 @@ class Run:
 
 
 @contextmanager
-def stage(name: str) -> Iterator[Run]:
+def stage(name: str, shared: bool = False) -> Iterator[Run]:
     """Run the body as the stage `name`: in the DVC root, with parameters and an MLflow child run.
+
+    `shared` lets it be several processes (`popen.devices`); the body then runs in each of them.
 
     Import transformers, peft, open_clip and Great Expectations inside the body: they read the
     environment that is set here (offline unless the parameters name a model of the hub) when they are
@@ -119,6 +126,10 @@ def stage(name: str) -> Iterator[Run]:
     gc.set_threshold(50_000, 20, 20)  # imports make no garbage: looking for it takes a second a stage
     try:
         handler = _catch_signals()
+        if shared:
+            devices.relaunch()
+        elif devices.count() > 1:
+            raise devices.DevicesError(f"{name} runs on one device; start it as one process")
         root = pipeline.find_root(before)
         os.chdir(root)
         for key, value in QUIET.items():
@@ -146,6 +157,8 @@ def stage(name: str) -> Iterator[Run]:
         if run is not None:
             run.tracker.close(status)
             run.say(f"{status.lower()} after {time.monotonic() - began:.1f} s")
+        if status == "FINISHED":
+            devices.leave()
         os.chdir(before)
         if handler is not None:
             signal.signal(signal.SIGTERM, handler)

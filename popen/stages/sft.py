@@ -10,7 +10,7 @@ VISION, OUT = Path("artifacts/vision"), Path("artifacts/models/sft")
 
 
 def main() -> None:
-    with stage("sft") as run:
+    with stage("sft", shared=True) as run:
         import torch
         from safetensors.torch import load_file
         from torch import Tensor, nn

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from popen.data.images import open_image
 from popen.ensemble.members import Ensemble
-from popen.evaluation.answering import answers
-from popen.model.generate import Answer
+from popen.evaluation.answering import Timed, answer_batch
 from popen.model.segmenter import Segmenter
 from popen.params import Params
 from popen.predict import load_ensemble
@@ -29,38 +29,47 @@ def threshold(system: str) -> float:
     return float(json.loads(THRESHOLDS.read_text(encoding="utf-8"))[system.removesuffix("+ensemble")])
 
 
+def ensemble_batch(
+    ensemble: Ensemble, params: Params, samples: Sequence[Sample], count: int, start: int
+) -> list[Timed]:
+    """The ensemble's answers to a batch of questions, whose first is number `start` of the set: its seed."""
+    began = time.perf_counter()
+    images = [open_image(Path(params.data.root), s.image, params.data.max_pixels) for s in samples]
+    questions = [sample.question for sample in samples]
+    found = ensemble.answer(images, questions, count, params.evaluate.max_new_tokens, params.seed + start)
+    seconds = (time.perf_counter() - began) / len(samples)
+    return [(sample, answer, seconds) for sample, answer in zip(samples, found, strict=True)]
+
+
 def ensemble_answers(
     ensemble: Ensemble,
     params: Params,
     samples: Sequence[Sample],
     count: int,
     name: str,
-) -> Iterator[tuple[Sample, Answer, float]]:
+) -> Iterator[Timed]:
     """The ensemble's answers in the order of `samples`, with the seconds a question."""
     size = params.evaluate.batch
     with tqdm(total=len(samples), desc=name, unit="question", mininterval=2.0) as bar:
         for start in range(0, len(samples), size):
-            part = samples[start : start + size]
-            began = time.perf_counter()
-            images = [open_image(Path(params.data.root), s.image, params.data.max_pixels) for s in part]
-            questions = [sample.question for sample in part]
-            seed = params.seed + start
-            found = ensemble.answer(images, questions, count, params.evaluate.max_new_tokens, seed)
-            seconds = (time.perf_counter() - began) / len(part)
-            for sample, answer in zip(part, found, strict=True):
-                yield sample, answer, seconds
-            bar.update(len(part))
+            found = ensemble_batch(ensemble, params, samples[start : start + size], count, start)
+            yield from found
+            bar.update(len(found))
 
 
-def load(system: str) -> Segmenter | Ensemble:
-    """A system's trained model, or the bundle of the ensemble."""
-    return load_ensemble(BUNDLE)[0] if system == "popen+ensemble" else Segmenter.load(MODELS / system)
+def load(system: str, device: torch.device) -> Segmenter | Ensemble:
+    """A system's trained model, or the bundle of the ensemble, on a device."""
+    if system == "popen+ensemble":
+        return load_ensemble(BUNDLE)[0].to(device)
+    return Segmenter.load(MODELS / system).to(device)
 
 
-def system_answers(
-    model: Segmenter | Ensemble, params: Params, samples: Sequence[Sample], name: str
-) -> Iterator[tuple[Sample, Answer, float]]:
-    """A system's answers in the order of `samples`."""
+def answerer(
+    model: Segmenter | Ensemble, params: Params, samples: Sequence[Sample]
+) -> Callable[[int], list[Timed]]:
+    """How a system answers: number of a question -> the answers to it and to the rest of its batch."""
+    root, pixels, size = Path(params.data.root), params.data.max_pixels, params.evaluate.batch
     if isinstance(model, Ensemble):
-        return ensemble_answers(model, params, samples, params.ensemble.members, name)
-    return answers(model, Path(params.data.root), samples, params.evaluate, params.data.max_pixels, name)
+        count = params.ensemble.members
+        return lambda start: ensemble_batch(model, params, samples[start : start + size], count, start)
+    return lambda start: answer_batch(model, root, samples[start : start + size], params.evaluate, pixels)

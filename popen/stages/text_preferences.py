@@ -10,6 +10,7 @@ from popen.params import Params
 from popen.stages.run import stage
 
 if TYPE_CHECKING:
+    from popen.parts import Parts
     from popen.preference.records import Skipped, TextPair
     from popen.preference.sources import Source
     from popen.samples import Sample
@@ -19,13 +20,19 @@ SKIPPED = OUT.with_name("skipped.jsonl")
 
 
 def main() -> None:
-    with stage("text_preferences") as run:
-        from popen.preference.records import write_skipped, write_text_pairs
+    with stage("text_preferences", shared=True) as run:
+        from popen.preference.people import FOLDER
+        from popen.preference.records import read_records, write_records, write_skipped, write_text_pairs
         from popen.preference.sampling import PairsError
-        from popen.stages.learning import samples
+        from popen.stages.learning import INDEX, kept_parts, samples
 
-        asked = samples("preference")
-        pairs, skipped = make(run.params, asked, _source(run.params, asked, run.home))
+        params, asked = run.params, samples("preference")
+        settings = [params.text_preferences, params.evaluate.batch, params.evaluate.max_new_tokens]
+        inputs = [MODEL, INDEX / "preference.jsonl", *[FOLDER] * (params.text_preferences.source == "people")]
+        parts = kept_parts(run, inputs, settings, write_records, read_records)
+        pairs, skipped = make(params, asked, _source(params, asked, run.home), parts)
+        if not run.main:
+            return
         if not pairs and skipped:
             raise PairsError(
                 f"text_preferences: none of {len(asked)} questions has a corrected answer; of the first one:"
@@ -42,17 +49,21 @@ def main() -> None:
                 "skipped": len(skipped),
             }
         )
+        parts.clear()
 
 
-def make(params: Params, asked: Sequence[Sample], source: Source) -> tuple[list[TextPair], list[Skipped]]:
+def make(
+    params: Params, asked: Sequence[Sample], source: Source, parts: Parts[TextPair | Skipped] | None = None
+) -> tuple[list[TextPair], list[Skipped]]:
     """Sample answers to the questions under the parameters, and have the source correct them."""
+    from popen import devices
     from popen.model.segmenter import Segmenter
     from popen.preference.records import Skipped, TextPair
     from popen.preference.sampling import text_pairs
 
     made = list(
         text_pairs(
-            Segmenter.load(MODEL),
+            Segmenter.load(MODEL).to(devices.device()),
             Path(params.data.root),
             asked,
             params.text_preferences,
@@ -61,6 +72,7 @@ def make(params: Params, asked: Sequence[Sample], source: Source) -> tuple[list[
             params.data.max_pixels,
             params.seed,
             source,
+            parts,
         )
     )
     pairs = [record for record in made if isinstance(record, TextPair)]

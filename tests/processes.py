@@ -1,0 +1,47 @@
+"""Several processes that train together, as torchrun would start them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def _process(work: Callable[[], Any], rank: int, count: int, folder: Path, grouped: bool) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this was forked from
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    if grouped:
+        address = f"file://{folder}/rendezvous"  # no port that another test might take
+        torch.distributed.init_process_group(
+            "gloo", address, timedelta(seconds=300), rank=rank, world_size=count
+        )
+    (folder / str(rank)).write_bytes(pickle.dumps(work()))
+
+
+def together(work: Callable[[], Any], count: int = 2, grouped: bool = True) -> list[Any]:
+    """What `work` returned in each of `count` processes; they are forks, so the libraries are loaded."""
+    with tempfile.TemporaryDirectory(prefix="popen-processes-") as folder:
+        started = [
+            get_context("fork").Process(target=_process, args=(work, rank, count, Path(folder), grouped))
+            for rank in range(count)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join()
+        assert [process.exitcode for process in started] == [0] * count
+        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(count)]

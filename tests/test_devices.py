@@ -1,0 +1,251 @@
+"""Two processes against one: the same steps, checkpoints for each other, and the same preference data."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from popen import devices
+from popen.checkpoints import Checkpoints
+from popen.data.images import open_image
+from popen.devices import DevicesError
+from popen.masks import decode
+from popen.model.batches import Batch, Row
+from popen.model.losses import sft_loss
+from popen.model.segmenter import Segmenter
+from popen.params import AlignParams, TrainParams
+from popen.preference.alignment import align_loss, collate
+from popen.preference.records import MaskPairs, TextPair
+from popen.samples import Sample
+from popen.training import DivergedError, train
+from tests import test_training as toys
+from tests.conftest import WEIGHTS
+from tests.preference.test_sampling import masks, texts
+from tests.processes import together
+
+Data = tuple[Path, list[Sample]]
+SFT = WEIGHTS.model_copy(update={"dense": 1.0, "describe": 1.0, "point": 1.0, "inventory": 0.25})
+PARAMS = toys.PARAMS.model_copy(
+    update={"steps": 5, "lr": 2e-4, "muon": 0.0, "warmup": 0.0, "checkpoint_every": 3, "eval_every": 2}
+)
+# the first half of each step's images is one process's: two targets each, then one, then none at all
+ORDER = [0, 2, 1, 3, 1, 0, 2, 0, 3, 1, 0, 2, 0, 1, 1, 3, 2, 0, 3, 3]
+UNMASKED = {6, 7}
+
+
+def sft_batch(model: Segmenter, data: Data) -> Callable[[Sequence[int]], Batch]:
+    def make(items: Sequence[int]) -> Batch:
+        samples = [data[1][ORDER[item]] for item in items]
+        rows = [
+            Row(
+                place,
+                sample.question,
+                sample.answer,
+                None if item in UNMASKED else [decode(target.rle) for target in sample.targets],
+                kinds=[target.category for target in sample.targets],
+            )
+            for place, (item, sample) in enumerate(zip(items, samples, strict=True))
+        ]
+        images = [open_image(data[0], sample.image, 2000) for sample in samples]
+        return model.encoder.batch(images, rows, samples)
+
+    return make
+
+
+def trained(
+    model: Segmenter, of: Any, batch: Callable[..., Any], folder: Path, params: TrainParams = PARAMS
+) -> tuple[list[float], list[Any], dict[str, Tensor]]:
+    """Losses of the steps that were made (of this process's part of the images), the curve, the weights."""
+    model = copy.deepcopy(model)
+    model.tower.requires_grad_(False)
+    losses, points = list[float](), list[Any]()
+
+    def loss(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Any]]:
+        value, parts = of(model, batch)
+        losses.append(value.item())
+        return value, parts
+
+    train(
+        model,
+        params,
+        lambda index: index,
+        batch,
+        loss,
+        lambda values, step: points.append((step, values)),
+        Checkpoints(folder),
+        "test",
+        lambda: {"val/loss": float(of(model, batch(range(4)).to("cpu"))[0])},
+    )
+    return losses, points, {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def same(first: Any, second: Any) -> None:
+    """Curves and weights agree to within rounding, which AdamW enlarges where gradients are tiny, and Muon,
+    which works in bf16, everywhere: an eighth of a step's change is let pass."""
+    for (step, figures), (again, others) in zip(first[1], second[1], strict=True):
+        assert step == again
+        assert others == pytest.approx(figures, rel=1e-5, abs=1e-5)
+    for name, value in first[2].items():
+        torch.testing.assert_close(second[2][name], value, atol=5e-5, rtol=1e-5)
+
+
+def sft(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    return sft_loss(model(batch), batch, SFT)
+
+
+def test_two_processes_make_the_steps_of_one_and_resume_each_others(
+    mini_model: Segmenter, data: Data, tmp_path: Path
+) -> None:
+    batch = sft_batch(mini_model, data)
+    one = trained(mini_model, sft, batch, tmp_path / "one")
+
+    def work() -> Any:
+        straight = trained(mini_model, sft, batch, tmp_path / "two")
+        torch.distributed.barrier()
+        return straight, trained(mini_model, sft, batch, tmp_path / "one")
+
+    (first, behind_one), (second, other) = together(work)
+    means = [(mine + others) / 2 for mine, others in zip(first[0], second[0], strict=True)]
+    assert means == pytest.approx(one[0], rel=0, abs=1e-5)
+    assert first[0] != pytest.approx(second[0], rel=0.1)  # the two saw other images
+    same(one, first)
+    assert len(behind_one[0]) == len(other[0]) == 2  # steps of the five: the checkpoint is of step 3
+    same(one, behind_one)
+    behind_two = trained(mini_model, sft, batch, tmp_path / "two")
+    assert len(behind_two[0]) == 2
+    same(one, behind_two)
+
+
+@pytest.fixture(scope="module")
+def preferred(taught: Segmenter, data: Data) -> tuple[list[TextPair], MaskPairs]:
+    pairs = texts(taught, data)
+    return pairs, masks(taught, data, pairs, "coarse")
+
+
+@pytest.mark.parametrize("form", ["embedding", "mask"])
+def test_two_processes_align_as_one(
+    taught: Segmenter, data: Data, preferred: tuple[list[TextPair], MaskPairs], tmp_path: Path, form: str
+) -> None:
+    """One process has all pairs of answers that differ, the other none; all names of the curve are there."""
+    pairs, ranked = preferred
+    right = [equal_answers(pair) for pair in pairs]
+    wrong = [pair for pair in pairs if pair.differs]
+    order = [wrong[0], wrong[-1], right[0], right[-1]]
+    make = collate(taught, data[0], 2000, ranked)
+    params = AlignParams(
+        train=PARAMS, text=1.0, beta_t=1.0, gamma=2.0, mask=1.0, mask_form=form, beta_s=0.1, anchor=1.0
+    )
+    of = align_loss(params, WEIGHTS)
+
+    def run(name: str) -> Any:
+        steps = PARAMS.model_copy(update={"steps": 3, "muon": 4e-4})
+        return trained(
+            taught, of, lambda items: make([order[item % 4] for item in items]), tmp_path / name, steps
+        )
+
+    one = run("one")
+    first, second = together(lambda: run("two"))
+    means = [(mine + others) / 2 for mine, others in zip(first[0], second[0], strict=True)]
+    assert means == pytest.approx(one[0], rel=0, abs=1e-5)
+    assert {"rewards_t/margins", "rewards_s/margins", "logps_t/chosen"} <= {
+        name for _, values in one[1] for name in values
+    }
+    same(one, first)
+
+
+def equal_answers(pair: TextPair) -> TextPair:
+    return dataclasses.replace(
+        pair, rejected=pair.chosen, rejected_changed=pair.chosen_changed, rejected_ref=pair.chosen_ref
+    )
+
+
+def test_what_two_processes_cannot_share_is_refused(
+    mini_model: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(DevicesError, match="4 images a step cannot be shared by 3 devices"):
+        toys.run(toys.toy(0.0), tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DevicesError, match=r"batch norm that trains .* keep the tower frozen"):
+        toys.run(toys.toy(), tmp_path)
+
+
+def test_muon_is_refused_where_the_model_is_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("POPEN_SHARD", "1")
+    with pytest.raises(DevicesError, match=r"Muon needs whole matrices, .* set `muon` to 0"):
+        toys.run(toys.toy(0.0), tmp_path, muon=0.02)
+
+
+def test_a_share_weighs_a_mean_by_what_is_in_it() -> None:
+    assert devices.share(3) == 1.0
+
+    def work() -> tuple[float, float, dict[str, float]]:
+        own = [7.0] if devices.is_main() else [1.0, 2.0, 6.0]
+        weighed = torch.tensor(own).mean() * devices.share(len(own))
+        mean = devices.means({"mean": weighed} | ({} if devices.is_main() else {"one": 5.0}))
+        nothing = devices.share(0)
+        return float(weighed), float(nothing), {name: float(value) for name, value in mean.items()}
+
+    (first, nothing, means), (second, _, told) = together(work)
+    assert (first, second) == (7.0 * 2 / 4, 3.0 * 6 / 4)
+    assert nothing == 0.0
+    assert means == told == {"mean": 4.0, "one": 2.5}  # (7 + 1 + 2 + 6) / 4
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:
+    def poisoned(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        value, parts = toys.loss(model, batch)
+        return (value / 0 if 4 * 12 in batch.indices else value), parts
+
+    def work() -> str:
+        with pytest.raises(DivergedError) as caught:
+            toys.run(toys.toy(0.0), tmp_path, of=poisoned)
+        return str(caught.value)
+
+    said = together(work)
+    assert said[0] == said[1]
+    assert "the loss is inf at step 12" in said[0]
+    assert Checkpoints(tmp_path).latest() == (7, tmp_path / "step-00000007")
+
+
+def test_a_sharded_model_makes_the_steps_of_a_whole_one_and_resumes_its_checkpoints(
+    mini_model: Segmenter, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On two processes, from one process's checkpoint; and on four and on one, from the two's."""
+    batch = sft_batch(mini_model, data)
+    one = trained(mini_model, sft, batch, tmp_path / "one")
+
+    def work() -> Any:
+        os.environ["POPEN_SHARD"] = "1"
+        straight = trained(mini_model, sft, batch, tmp_path / "two")
+        torch.distributed.barrier()
+        return straight, trained(mini_model, sft, batch, tmp_path / "one")
+
+    (first, behind_one), (second, _) = together(work)
+    means = [(mine + others) / 2 for mine, others in zip(first[0], second[0], strict=True)]
+    assert means == pytest.approx(one[0], rel=0, abs=1e-5)
+    same(one, first)
+    assert len(behind_one[0]) == 2
+    same(one, behind_one)
+    shutil.copytree(tmp_path / "two", tmp_path / "four")
+    behind_two = together(lambda: work_on(mini_model, batch, tmp_path / "four"), 4)[0]
+    assert len(behind_two[0]) == 2
+    same(one, behind_two)
+    whole = trained(mini_model, sft, batch, tmp_path / "two")
+    assert len(whole[0]) == 2
+    same(one, whole)
+
+
+def work_on(model: Segmenter, batch: Callable[..., Any], folder: Path) -> Any:
+    os.environ["POPEN_SHARD"] = "1"
+    return trained(model, sft, batch, folder)

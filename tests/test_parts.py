@@ -1,0 +1,134 @@
+"""Batches shared among processes and kept: the records of one process, in its order, and none made twice."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from popen.evaluation.answering import Timed, answer_batch, answers, prediction
+from popen.evaluation.benchmark import rows, summarise
+from popen.evaluation.prediction import Prediction, read_predictions, write_predictions
+from popen.model.segmenter import Segmenter
+from popen.params import EvaluateParams
+from popen.parts import Parts, in_batches
+from popen.preference.records import read_records, write_records
+from popen.preference.sampling import mask_pairs, read_mask_pairs, text_pairs, write_mask_pairs
+from popen.samples import Sample
+from tests.preference.test_sampling import MASKS, TEXT, texts
+from tests.processes import together
+
+Data = tuple[Path, list[Sample]]
+NUMBERS = range(0, 35, 5)
+
+
+def kept(folder: Path) -> Parts[Any]:
+    return Parts(
+        folder,
+        lambda path, records: path.write_text(json.dumps(records)),
+        lambda path: json.loads(path.read_text()),
+    )
+
+
+def tens(number: int) -> Iterator[int]:
+    yield from range(10 * number, 10 * number + 1 + number % 2)  # one or two records a batch
+
+
+EXPECTED = [record for number in NUMBERS for record in tens(number)]
+
+
+def test_each_batch_is_made_once_and_all_come_in_order(tmp_path: Path) -> None:
+    assert list(in_batches(NUMBERS, tens, "test", None)) == EXPECTED
+
+    def work() -> tuple[list[int], list[int]]:
+        made: list[int] = []
+
+        def make(number: int) -> Iterator[int]:
+            made.append(number)
+            return tens(number)
+
+        return made, list(in_batches(NUMBERS, make, "test", kept(tmp_path)))
+
+    for count in (1, 2, 3):
+        told = together(work, count, grouped=False)
+        assert [records for _, records in told] == [EXPECTED] + [[]] * (count - 1)
+        assert sorted(number for made, _ in told for number in made) == list(NUMBERS)
+        assert max(len(made) for made, _ in told) <= -(-len(NUMBERS) // count)
+        kept(tmp_path).clear()
+        assert not tmp_path.exists()
+
+
+def test_a_killed_process_made_what_it_wrote(tmp_path: Path) -> None:
+    """By another number of processes the rest is made, and nothing that was whole is made again."""
+
+    def slowly(number: int) -> Iterator[int]:
+        time.sleep(0.2)
+        return tens(number)
+
+    target = lambda: list(in_batches(NUMBERS, slowly, "test", kept(tmp_path)))  # noqa: E731
+    process = get_context("fork").Process(target=target)
+    process.start()
+    while not kept(tmp_path).file(10).exists():
+        assert process.is_alive()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (tmp_path / "batch-00000030.writing").write_text("[1, 2")  # what a write that was cut off leaves
+    whole = {number for number in NUMBERS if kept(tmp_path).file(number).exists()}
+    assert whole < set(NUMBERS)
+
+    def work() -> tuple[list[int], list[int]]:
+        made: list[int] = []
+
+        def make(number: int) -> Iterator[int]:
+            made.append(number)
+            return tens(number)
+
+        return made, list(in_batches(NUMBERS, make, "test", kept(tmp_path)))
+
+    (made, records), (others, _) = together(work, grouped=False)
+    assert records == EXPECTED
+    assert sorted(made + others) == sorted(set(NUMBERS) - whole)
+
+
+def test_two_processes_make_the_preference_data_and_answers_of_one(
+    taught: Segmenter, data: Data, tmp_path: Path
+) -> None:
+    root, samples = data
+    texts_one = texts(taught, data)
+    masks_one = mask_pairs(taught, root, texts_one, MASKS, 3, 2000, 0)
+    params = EvaluateParams(batch=3, max_new_tokens=24, bootstrap=10)
+    told = predictions_of(answers(taught, root, samples, params, 2000, "test"))
+
+    def work() -> Any:
+        parts = Parts(tmp_path / "text", write_records, read_records)
+        pairs = list(text_pairs(taught, root, samples, TEXT, 3, 24, 2000, 0, parts=parts))
+        masks = Parts(tmp_path / "masks", write_mask_pairs, read_mask_pairs)
+        ranked = mask_pairs(taught, root, texts_one, MASKS, 3, 2000, 0, masks)
+        predictions = Parts(tmp_path / "answers", write_predictions, read_predictions)
+
+        def predict(start: int) -> list[Prediction]:
+            return predictions_of(answer_batch(taught, root, samples[start : start + 3], params, 2000))
+
+        return pairs, ranked, list(in_batches(range(0, 4, 3), predict, "test", predictions))
+
+    (pairs, ranked, said), helper = together(work, grouped=False)
+    assert pairs == texts_one
+    assert helper == ([], {}, [])
+    assert len(masks_one["coarse"]) > 0
+    for stage, expected in masks_one.items():
+        assert (ranked[stage].uids, ranked[stage].targets) == (expected.uids, expected.targets)
+        for name, value in expected._tensors().items():
+            assert torch.equal(getattr(ranked[stage], name), value)
+    assert said == told
+    assert summarise(rows(samples, said)) == summarise(rows(samples, told))
+
+
+def predictions_of(answered: Iterable[Timed]) -> list[Prediction]:
+    return [prediction(sample, answer, 0.0, 1.0) for sample, answer, _ in answered]
