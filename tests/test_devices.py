@@ -83,7 +83,7 @@ def trained(
         lambda values, step: points.append((step, values)),
         Checkpoints(folder),
         "test",
-        lambda: {"val/loss": float(of(model, batch(range(4)).to("cpu"))[0])},
+        lambda: {"val/loss": of(model, batch(range(4)))[0].item()},
     )
     return losses, points, {name: value.detach() for name, value in model.state_dict().items()}
 
