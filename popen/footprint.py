@@ -192,13 +192,14 @@ def table(params: Params) -> str:
     asked = params.sft.train.images * params.sft.train.questions
     lines += [
         "",
-        f"one step of SFT, {asked} questions a device asked for ({len(model.encoder.prefix_ids)} tokens of "
+        f"a micro-batch of SFT, {asked} questions asked for on all devices together ({len(model.encoder.prefix_ids)} tokens of "
         f"prompt and image, {TEXT} of text, {TARGETS} targets each); GB a device",
         "",
-        f"{'machine':<18}{'questions':>10}" + "".join(f"{name:>13}" for name in (*_COLUMNS, "sum")),
+        f"{'machine':<18}{'on each':>10}" + "".join(f"{name:>13}" for name in (*_COLUMNS, "sum")),
     ]
     for devices in MACHINES:
-        rows = next((n for n in range(asked, 0, -1) if _fits(memory(model, devices, n), devices)), 0)
+        share = -(-asked // devices.count)
+        rows = next((n for n in range(share, 0, -1) if _fits(memory(model, devices, n), devices)), 0)
         found = memory(model, devices, rows or 1)
         figures = [getattr(found, name) for name in (*_COLUMNS, "total")]
         fits = f"{rows:>10}" if rows else "  1: no fit"
