@@ -156,7 +156,9 @@ def test_the_command_says_what_fits() -> None:
     assert {"1 x 80 GB", "8 x 80 GB, DDP", "8 x 80 GB, FSDP"} <= lines.keys()
     sums = {name: float(line.split()[-1]) for name, line in lines.items() if name.startswith(("1 x", "8 x"))}
     assert 2 * 6.7e9 / GB < sums["1 x 24 GB"] < 0.9 * 24
-    assert sums["8 x 80 GB, FSDP"] < sums["1 x 80 GB"] < sums["8 x 80 GB, DDP"]
+    # one device takes all 32 images of a micro-batch, each of eight takes 4
+    assert sums["8 x 80 GB, FSDP"] < sums["8 x 80 GB, DDP"] < sums["1 x 80 GB"]
+    assert [int(lines[name].split()[0]) for name in ("1 x 80 GB", "8 x 80 GB, DDP")] == [32, 4]
     tight = next(line for line in large.splitlines() if line.startswith("1 x 24 GB"))
     assert "no fit" in tight
 
