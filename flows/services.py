@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import psutil
 
-from flows import orphans
+from flows import heartbeats, orphans
 from popen.pipeline import find_root, is_gone, process_name, state_folder
 from popen.tracking import tracking_uri
 
@@ -77,6 +77,7 @@ def up(root: Path) -> dict[str, str]:
             if httpx.get(f"{address}/api/work_pools/{POOL}").status_code == 404:
                 _prefect(root, "work-pool", "create", POOL, "--type", "process")
             _prefect(root, "deploy", "--all")
+            heartbeats.watch()
             _start(root, worker)
         _wait(root, worker, lambda: _online(address))
         _wait(root, pages, lambda: httpx.get(f"{_address(root, pages)}/health").is_success)
