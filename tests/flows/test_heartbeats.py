@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import heartbeats
 from tests.flows.test_service_faults import HELD, WAITS, family, kill
@@ -35,13 +37,15 @@ def _environment() -> None:
     """The module's fixture sets the environment, not that of each test."""
 
 
-def test_the_server_closes_silent_runs_and_no_others(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{os.environ['PREFECT_SERVER_API_PORT']}/api")
+def test_the_server_closes_silent_runs_and_no_others(root: Path) -> None:
     (automation,) = api("automations/filter", limit=10)  # `make up` made it
     assert automation["trigger"]["within"] == heartbeats.SILENCE.total_seconds()
     subprocess.run([sys.executable, "-m", "flows.heartbeats"], cwd=root, check=True)
-    heartbeats.watch(timedelta(seconds=SILENCE))
-    assert [found["id"] for found in api("automations/filter", limit=10)] == [automation["id"]]
+    server = f"http://127.0.0.1:{os.environ['PREFECT_SERVER_API_PORT']}/api"
+    with temporary_settings({PREFECT_API_URL: server}):
+        heartbeats.watch(timedelta(seconds=SILENCE))
+    (changed,) = api("automations/filter", limit=10)
+    assert (changed["id"], changed["trigger"]["within"]) == (automation["id"], SILENCE)
 
     write_stage(root, HELD.format(1))
     (root / "hold.here").touch()
@@ -64,6 +68,9 @@ def test_the_server_closes_silent_runs_and_no_others(root: Path, monkeypatch: py
         until(lambda: slots() == 0)
         time.sleep(max(0.0, began + SILENCE + 15 - time.monotonic()))  # it lives by its second heartbeat
         assert state(alive) == "Running"
+        long.send_signal(signal.SIGSTOP)  # cut off, and back again
+        until(lambda: state(alive) == "Crashed")
+        long.send_signal(signal.SIGCONT)
         (root / "hold.here").unlink()
         assert long.wait(120) == 0
         assert state(alive) == "Completed"
