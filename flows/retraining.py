@@ -13,15 +13,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import filelock
 from mlflow.entities.model_registry import ModelVersion
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
+from prefect.cache_policies import NO_CACHE, CachePolicy
 from prefect.runtime import flow_run
 from prefect.states import State
+from prefect.tasks import RetryConditionCallable
 
 from flows import orphans, parent_run
 from flows.pipeline import PAUSES, PipelineError, popen_pipeline, remote_failed
@@ -158,14 +159,23 @@ def mlflow_away(_task: Any, _run: Any, state: State[Any]) -> bool:
     return False
 
 
-@task(
-    name="champion",
-    task_run_name="champion",
-    cache_policy=NO_CACHE,
-    retries=len(parent_run.PAUSES),
-    retry_delay_seconds=parent_run.PAUSES,
-    retry_condition_fn=mlflow_away,
-)
+class _Patient(TypedDict):
+    cache_policy: CachePolicy
+    retries: int
+    retry_delay_seconds: list[float]
+    retry_condition_fn: RetryConditionCallable
+
+
+# of the tasks that ask MLflow
+_PATIENT: _Patient = {
+    "cache_policy": NO_CACHE,
+    "retries": len(parent_run.PAUSES),
+    "retry_delay_seconds": parent_run.PAUSES,
+    "retry_condition_fn": mlflow_away,
+}
+
+
+@task(name="champion", task_run_name="champion", **_PATIENT)
 def champion(home: Path) -> ModelVersion | None:
     """Who serves now."""
     try:
@@ -176,14 +186,7 @@ def champion(home: Path) -> ModelVersion | None:
     return registry.version(client, registry.CHAMPION)
 
 
-@task(
-    name="challenge",
-    task_run_name="challenge",
-    cache_policy=NO_CACHE,
-    retries=len(parent_run.PAUSES),
-    retry_delay_seconds=parent_run.PAUSES,
-    retry_condition_fn=mlflow_away,
-)
+@task(name="challenge", task_run_name="challenge", **_PATIENT)
 def judge(root: Path, home: Path, reason: str) -> challenge.Outcome:
     """Register the results and promote them if they are better; whatever was done before is found again."""
     return challenge.challenge(root, home, reason)

@@ -20,8 +20,9 @@ from typing import Any
 
 import httpx
 import psutil
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import orphans
+from flows import heartbeats, orphans
 from popen.pipeline import find_root, is_gone, process_name, state_folder
 from popen.tracking import tracking_uri
 
@@ -68,9 +69,11 @@ def up(root: Path) -> dict[str, str]:
         _wait(root, server, lambda: httpx.get(f"{address}/api/health").is_success)
         _write_settings(root, address)
         os.environ["PREFECT_API_URL"] = f"{address}/api"
-        left = orphans.close(root)
-        if worker in missing:
-            left += orphans.close_taken(root, POOL, WORKER)
+        with temporary_settings({PREFECT_API_URL: f"{address}/api"}):  # of this process: read at its start
+            left = orphans.close(root)
+            if worker in missing:
+                left += orphans.close_taken(root, POOL, WORKER)
+                heartbeats.watch()
         for run in left:
             print(f"flow run {run} was left by a dead worker: closed as crashed", flush=True)
         if worker in missing:

@@ -101,17 +101,21 @@ class Tracker:
         if len(self._metrics) >= _BATCH or time.monotonic() - self._sent_at > _EVERY:
             self._send_if_due()
 
+    def do(self, task: Callable[[MlflowClient, str], object]) -> None:
+        """Record something of another kind: `task` gets a client and the run's id, now or as soon as the
+        server answers. It may be called again where it failed."""
+        self._tasks.append(task)
+        self._send_if_due()
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Tag the run (values of 5000 characters at most)."""
-        self._tasks.append(lambda client, run: _log_tags(client, run, tags))
-        self._send_if_due()
+        self.do(lambda client, run: _log_tags(client, run, tags))
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file or a whole folder with the run (below `folder` of the run's artifacts)."""
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file to store with the run of stage {self.stage}")
-        self._tasks.append(lambda client, run: _log_path(client, run, path, folder))
-        self._send_if_due()
+        self.do(lambda client, run: _log_path(client, run, path, folder))
 
     def log_figure(self, figure: Figure, name: str) -> None:
         """Store a matplotlib figure as `figures/<name>.png`."""

@@ -17,11 +17,9 @@ BUNDLE_TAG = "bundle"  # digest of the bundle's files: finds the record of what 
 
 
 def log_model(run: Run, bundle: Path) -> None:
-    """Log `bundle` as the model `popen` of the stage's run; nothing where MLflow is away."""
-    if run.tracker.run_id is None:
-        run.say("warning: MLflow is away, the model was not recorded")
-        return
-    record(run.tracker.uri, run.tracker.run_id, bundle)
+    """Log `bundle` as the model `popen` of the stage's run; where MLflow is away, as soon as it is back, as
+    everything that a stage records. What was not recorded then, `retrain` records."""
+    run.tracker.do(lambda _client, run_id: record(run.tracker.uri, run_id, bundle))
 
 
 def record(uri: str, run_id: str, bundle: Path) -> str:

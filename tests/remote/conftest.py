@@ -56,9 +56,9 @@ class Team:
     mlflow: str
     environment: dict[str, str]
 
-    def flow(self, root: Path, *words: str) -> subprocess.Popen[bytes]:
-        """Start the flow in a clone."""
-        command = [sys.executable, "-m", "flows.pipeline", *words]
+    def flow(self, root: Path, module: str = "flows.pipeline") -> subprocess.Popen[bytes]:
+        """Start a flow in a clone."""
+        command = [sys.executable, "-m", module]
         environment = os.environ | self.environment | {"PYTHONPATH": str(ROOT)}
         return subprocess.Popen(command, cwd=root, env=environment)
 
