@@ -192,8 +192,9 @@ def table(params: Params) -> str:
     asked = params.sft.train.images * params.sft.train.questions
     lines += [
         "",
-        f"a micro-batch of SFT, {asked} questions asked for on all devices together ({len(model.encoder.prefix_ids)} tokens of "
-        f"prompt and image, {TEXT} of text, {TARGETS} targets each); GB a device",
+        f"a micro-batch of SFT, {asked} questions asked for on all devices together "
+        f"({len(model.encoder.prefix_ids)} tokens of prompt and image, {TEXT} of text, {TARGETS} targets "
+        "each); GB a device",
         "",
         f"{'machine':<18}{'on each':>10}" + "".join(f"{name:>13}" for name in (*_COLUMNS, "sum")),
     ]
