@@ -61,6 +61,7 @@ def test_the_server_closes_silent_runs_and_no_others(root: Path) -> None:
         taken = start(root)
         until(lambda: api(f"flow_runs/{taken}")["state_type"] == "PENDING")
         kill(*family(processes(root)["worker"]))
+        (root / "late.here").unlink()
         assert slots() == 1
 
         until(lambda: {api(f"flow_runs/{run}")["state_type"] for run in (dead, taken)} == {"CRASHED"})
