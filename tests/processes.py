@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -30,6 +31,10 @@ def _process(work: Callable[[], Any], rank: int, count: int, folder: Path, group
             "gloo", address, timedelta(seconds=300), rank=rank, world_size=count
         )
     (folder / str(rank)).write_bytes(pickle.dumps(work()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # at once: what libraries of earlier tests (Prefect) do at an exit needs threads that a fork has not
+    os._exit(0)
 
 
 def together(work: Callable[[], Any], count: int = 2, grouped: bool = True) -> list[Any]:
@@ -43,5 +48,6 @@ def together(work: Callable[[], Any], count: int = 2, grouped: bool = True) -> l
             process.start()
         for process in started:
             process.join()
-        assert [process.exitcode for process in started] == [0] * count
+        codes = [process.exitcode for process in started]
+        assert codes == [0] * count, codes
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(count)]
