@@ -69,7 +69,8 @@ def miniature() -> dict[str, Any]:
     model["decoder"] |= {"width": 16, "heads": 2, "layers": 1, "detail": 4}
     small = {"images": 4, "checkpoint_every": 40, "eval_every": 80}
     params["pretrain_vision"] |= small | {"steps": 4}
-    params["sft"]["train"] |= small | {"steps": 160, "questions": 4, "lr": 0.01}  # enough for answers with masks
+    # enough for answers with masks
+    params["sft"]["train"] |= small | {"steps": 160, "questions": 4, "lr": 0.01}
     params["sft"]["vision"] = 1.0  # its tower has hardly been trained before
     params["align"]["train"] |= small | {"steps": 4, "lr": 0.001}
     params["text_preferences"]["samples"] = 1
