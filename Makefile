@@ -35,7 +35,7 @@ repro: $(READY)
 
 # One thread a worker, and three workers on two cores: much of the time servers are waited for.
 test: $(READY)
-	OMP_NUM_THREADS=1 pytest -n 3 --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	ruff check .

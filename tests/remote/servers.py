@@ -102,7 +102,11 @@ def running(
         yield process
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:  # Prefect's worker does not always end when it is asked
+            process.kill()
+            process.wait()
 
 
 class Sshd:
