@@ -32,7 +32,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent.name not in ("remote", "flows", "pipeline"))
 
 
-
 def mini_params() -> ModelParams:
     return ModelParams(
         vision=VisionParams(name="timm:test_resnet", pretrained="", image_size=32, levels=[2, 1], shuffle=1),
