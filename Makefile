@@ -33,9 +33,9 @@ help:
 repro: $(READY)
 	dvc repro
 
-# One thread a worker, and three workers on two cores: much of the time servers are waited for.
+# One thread a worker: two workers with two threads each would fight for two cores.
 test: $(READY)
-	OMP_NUM_THREADS=1 pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	ruff check .
