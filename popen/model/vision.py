@@ -62,13 +62,14 @@ class Tower(nn.Module):
 
 def _sincos(width: int, height: int, breadth: int) -> nn.Parameter:
     """Two-dimensional sine-cosine code (1, width, height, breadth), where a learned one starts."""
-    rates = math.pi * 2.0 ** torch.arange(width // 4).float().div(width // 4).mul(4)
-    y, x = torch.linspace(0, 1, height), torch.linspace(0, 1, breadth)
-    rows, columns = (
-        torch.cat([(at[:, None] * rates).sin(), (at[:, None] * rates).cos()], 1) for at in (y, x)
-    )
-    grid = torch.cat([rows[:, None].expand(-1, breadth, -1), columns[None].expand(height, -1, -1)], -1)
-    return nn.Parameter(0.5 * grid.permute(2, 0, 1)[None])
+    with torch.device("cpu"):  # also where the model is built on another one
+        rates = math.pi * 2.0 ** torch.arange(width // 4).float().div(width // 4).mul(4)
+        y, x = torch.linspace(0, 1, height), torch.linspace(0, 1, breadth)
+        rows, columns = (
+            torch.cat([(at[:, None] * rates).sin(), (at[:, None] * rates).cos()], 1) for at in (y, x)
+        )
+        grid = torch.cat([rows[:, None].expand(-1, breadth, -1), columns[None].expand(height, -1, -1)], -1)
+    return nn.Parameter(0.5 * grid.permute(2, 0, 1)[None].to(torch.get_default_device()))
 
 
 def _build(params: VisionParams, pretrained: bool) -> nn.Module:
