@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -145,6 +147,9 @@ def slowly(folder: Path, out: Path) -> None:
     model = toy()
     run(model, folder, make, steps=40, checkpoint_every=5)
     save_file(model.state_dict(), out)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # without what libraries of earlier tests do at an exit, as in tests/processes.py
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
