@@ -71,7 +71,9 @@ def test_a_killed_process_made_what_it_wrote(tmp_path: Path) -> None:
         time.sleep(0.2)
         return tens(number)
 
-    target = lambda: list(in_batches(NUMBERS, slowly, "test", kept(tmp_path)))  # noqa: E731
+    def target() -> None:
+        list(in_batches(NUMBERS, slowly, "test", kept(tmp_path)))
+
     process = get_context("fork").Process(target=target)
     process.start()
     while not kept(tmp_path).file(10).exists():

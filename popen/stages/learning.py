@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from popen.checkpoints import Checkpoints, digest, fingerprint
+from popen.data import refcoco
 from popen.data.images import open_image
 from popen.data.plan import Plan
 from popen.masks import decode
@@ -28,7 +29,6 @@ from popen.training import Loss, train
 Pair = TypeVar("Pair", Sample, TextPair)
 T = TypeVar("T")
 
-REFERRING = ("refcoco", "refcoco+", "refcocog")
 INDEX = Path("artifacts/index")
 MODELS = Path("artifacts/models")
 PREFERENCES = Path("artifacts/preferences")
@@ -65,7 +65,7 @@ def sft_collate(model: Segmenter, run: Run, auxiliary: bool) -> Callable[[Sequen
         images = [open_image(Path(data.root), item[0].image, data.max_pixels) for item in items]
         rows = []
         for image, item in enumerate(items):
-            first = next((n for n, sample in enumerate(item) if sample.benchmark in REFERRING), 0)
+            first = next((n for n, sample in enumerate(item) if sample.benchmark in refcoco.SPLITS), 0)
             for place, sample in enumerate([item[first], *item[:first], *item[first + 1 :]]):
                 row = sample_row(sample, image)
                 kinds = [target.category for target in sample.targets] if auxiliary else None
