@@ -110,6 +110,7 @@ class Bench(Measuring):
             warmup=0.1,
             weight_decay=0.0,
             clip=1.0,
+            bf16=True,
             checkpoint_every=count + 1,
             eval_every=count + 1,
         )

@@ -64,6 +64,17 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def halves() -> bool:
+    """Whether this process's device multiplies bfloat16 fast. Where it must be emulated, it is many times
+    slower than float32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def grouped() -> bool:
     """Whether this process trains together with others."""
     import torch.distributed as dist

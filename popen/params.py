@@ -126,6 +126,7 @@ class TrainParams(Group):
     warmup: Share
     weight_decay: float = Field(ge=0)
     clip: float = Field(gt=0)
+    bf16: bool = False  # forward and backward in bfloat16 where the device multiplies it fast
     checkpoint_every: Positive
     eval_every: Positive
 

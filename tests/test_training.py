@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from popen import devices
 from popen.checkpoints import CheckpointError, Checkpoints
 from popen.params import TrainParams
 from popen.training import DivergedError, Items, train
@@ -296,3 +297,57 @@ def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(tmp_path: 
     straight = toy()
     run(straight, tmp_path / "straight")
     assert equal(state(resumed), state(straight))
+
+
+@pytest.mark.parametrize(("asked", "able"), [(True, True), (True, False), (False, True)])
+def test_bfloat16_where_it_is_asked_for_and_fast(
+    asked: bool, able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model computes in bfloat16, weights and loss stay in float32; else nothing changes, bit for bit."""
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = toy(0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.net(x)
+            seen.append((next(self.net.parameters()).dtype, answer.dtype))
+            return answer
+
+    def of(model: nn.Module, batch: Numbers) -> tuple[Tensor, dict[str, Tensor]]:
+        error, parts = loss(model, batch)
+        return error.float(), parts
+
+    plain = run(Watched(), tmp_path / "a", of=of)
+    seen.clear()
+    monkeypatch.setattr(devices, "halves", lambda: able)
+    points = run(Watched(), tmp_path / "b", of=of, bf16=asked)
+    halved = asked and able
+    assert set(seen) == {(torch.float32, torch.bfloat16 if halved else torch.float32)}
+    assert (points == plain) is not halved
+    assert points[-1][1]["train/loss"] == pytest.approx(plain[-1][1]["train/loss"], rel=0.05)
+
+
+def test_attention_in_bfloat16_takes_the_kernel_whose_backward_is_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "halves", lambda: True)
+    kernels: list[str] = []
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.net(x).view(1, 1, -1, 8)
+            out = nn.functional.scaled_dot_product_attention(q, q, q)
+            assert out.grad_fn is not None
+            kernels.append(out.grad_fn.name())
+            return out[0, 0, :, :1]
+
+    run(Attending(), tmp_path, of=lambda m, b: (loss(m, b)[0].float(), {}), steps=1, bf16=True)
+    assert kernels
+    assert not any("Flash" in name for name in kernels)
