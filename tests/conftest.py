@@ -27,6 +27,11 @@ COLOURS = {"cup": (200, 40, 40), "fork": (40, 60, 190)}
 WEIGHTS = SftWeights(ce=1.0, bce=2.0, dice=0.5, refine=1.0, dense=0.0, describe=0.0, point=0.0, inventory=0.0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that wait for servers and pipelines come first: the quick ones fill the gaps behind them."""
+    items.sort(key=lambda item: item.path.parent.name not in ("remote", "flows", "pipeline"))
+
+
 def mini_params() -> ModelParams:
     return ModelParams(
         vision=VisionParams(name="timm:test_resnet", pretrained="", image_size=32, levels=[2, 1], shuffle=1),
