@@ -30,7 +30,7 @@ from flows.stage_process import run_dvc
 from popen import params as parameters
 from popen import pipeline, tracking
 from popen.promotion import challenge, opponent, registry
-from popen.stages.run import QUIET
+from popen.stages.run import quiet
 
 MONTH = 30.0
 REPORT = Path("artifacts/contract/report.json")
@@ -53,8 +53,7 @@ def retrain(force: bool = False, max_age_days: float | None = MONTH, share: bool
     another `retrain` is at work in this clone, PipelineError for a stage that failed.
     """
     root = pipeline.find_root(Path.cwd())
-    for key, value in QUIET.items():
-        os.environ.setdefault(key, value)
+    quiet()
     orphans.record(root, str(flow_run.id))
     with _alone(pipeline.find_home(root)):
         opponent.check_gate(parameters.load(root / "params.yaml"))  # before hours are spent

@@ -57,11 +57,10 @@ def export(
     ],
 ) -> None:
     """Write MODEL as a LLaVA-1.5 in the hub's layout, adapters merged, with its masks' part beside it."""
-    from popen.stages.run import QUIET
+    from popen.stages.run import quiet
 
     _must_be_new(folder)
-    for key, value in QUIET.items():  # read when the libraries are imported, below
-        os.environ.setdefault(key, value)
+    quiet()
 
     from popen.model.export import PARTS
     from popen.model.export import export as write
@@ -87,10 +86,9 @@ def plan(
     """Say how many parameters a configuration has and which train, and what memory a step of SFT takes."""
     from popen import params as parameters
     from popen.pipeline import find_root
-    from popen.stages.run import QUIET
+    from popen.stages.run import quiet
 
-    for key, value in QUIET.items():  # read when the libraries are imported, below
-        os.environ.setdefault(key, value)
+    quiet()
     root = find_root(Path.cwd())
     chosen = parameters.compose(root / "conf", [f"model={model}"] if model else [])
 
@@ -130,10 +128,9 @@ def predict(
 ) -> None:
     """Answer QUESTION about IMAGE: print the words, write the masks as a picture and as JSON."""
     from popen.data.images import MAX_PIXELS, open_image
-    from popen.stages.run import QUIET
+    from popen.stages.run import quiet
 
-    for key, value in QUIET.items():  # read when the libraries are imported, below
-        os.environ.setdefault(key, value)
+    quiet()
 
     if not question.strip():
         raise UsageError(

@@ -21,11 +21,10 @@ def export() -> None:
 
     from popen import params as parameters
     from popen.pipeline import find_root
-    from popen.stages.run import QUIET
+    from popen.stages.run import quiet
 
     os.chdir(find_root(Path.cwd()))
-    for key, value in QUIET.items():  # read when the libraries are imported, below
-        os.environ.setdefault(key, value)
+    quiet()
     params = parameters.load()
 
     from popen.preference.people import FOLDER, CorrectionsError, Export

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +16,9 @@ app = typer.Typer(help="The registered models: which one is the champion, where 
 def _client() -> MlflowClient:
     from popen.pipeline import find_home, find_root
     from popen.promotion.registry import connect
-    from popen.stages.run import QUIET
+    from popen.stages.run import quiet
 
-    for key, value in QUIET.items():  # read when MLflow is imported
-        os.environ.setdefault(key, value)
+    quiet()
     return connect(find_home(find_root(Path.cwd())))
 
 

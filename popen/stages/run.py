@@ -47,6 +47,12 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 Handler = Callable[[int, FrameType | None], Any] | int | None  # of a signal
 
 
+def quiet() -> None:
+    """Spare the user the libraries' chatter and telemetry. They read this when they are imported."""
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+
+
 class Terminated(BaseException):
     """SIGTERM arrived. Not an Exception, so that no `except Exception` of a library swallows it."""
 
@@ -132,8 +138,7 @@ def stage(name: str, shared: bool = False) -> Iterator[Run]:
             raise devices.DevicesError(f"{name} runs on one device; start it as one process")
         root = pipeline.find_root(before)
         os.chdir(root)
-        for key, value in QUIET.items():
-            os.environ.setdefault(key, value)
+        quiet()
         params = parameters.load(root / "params.yaml")
         if not needs_hub(params):
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
