@@ -53,6 +53,18 @@ def read(root: Path, targets: Sequence[str] | None = None) -> list[Stage]:
             ]
 
 
+def unaccompanied(stages: Sequence[Stage]) -> set[str]:
+    """Names of those beside which none of the others can run: each is needed by them, or needs them.
+
+    `stages` as `read` gives them, each after those that it needs.
+    """
+    above: dict[str, set[str]] = {}
+    for stage in stages:
+        above[stage.name] = set(stage.needs).union(*(above[name] for name in stage.needs))
+    below = {name: {other for other in above if name in above[other]} for name in above}
+    return {name for name in above if len(above[name]) + len(below[name]) + 1 == len(above)}
+
+
 def _changed(stage: DvcStage) -> bool:
     """What `dvc repro` asks. Where it cannot be known now (the source of an import does not answer, another
     `dvc` is writing), the stage counts as changed, so that `dvc repro` on that stage decides or fails."""

@@ -21,7 +21,7 @@ from prefect.states import Completed, State
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows import lock_file, orphans, run_page
-from flows.dvc_graph import Stage, read
+from flows.dvc_graph import Stage, read, unaccompanied
 from flows.parent_run import ParentRun
 from flows.stage_process import FREE_SPACE, Outcome, StageError, reproduce, run_dvc
 from popen import tracking
@@ -44,6 +44,7 @@ class _Work:
     share: bool
     timeout: float | None
     slots: threading.Semaphore  # stages at once
+    threads: int  # of each of them
     parent: ParentRun
     stop: threading.Event = field(default_factory=threading.Event)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
@@ -67,14 +68,16 @@ def popen_pipeline(
 
     targets: stages (with what they need); all by default. overrides: parameters as `dvc exp run -S` takes
     them: the run becomes a DVC experiment, and the workspace stays as it is. force: run stages that did
-    not change, too. at_once: how many stages run side by side. stage_timeout: seconds that one stage may
-    take. share: fetch from the DVC remote what others have computed, and give what this run computes.
+    not change, too. at_once: how many stages run side by side; they share the machine's cores, and a stage
+    beside which none can run has all. stage_timeout: seconds that one stage may take. share: fetch from the
+    DVC remote what others have computed, and give what this run computes.
 
     Returns what became of each stage ("ran", "restored", "cached"), or {"experiment": its name}. Raises
     PipelineError naming the stages that failed, after those that do not depend on them have ended.
     """
     root = find_root(Path.cwd())
-    work = _Work(root, force, share, stage_timeout, threading.Semaphore(at_once), ParentRun(root))
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    work = _Work(root, force, share, stage_timeout, threading.Semaphore(at_once), threads, ParentRun(root))
     status: tracking.Status = "KILLED"
     experiment = f"flow-{str(flow_run.id)[:8]}" if overrides else None
     orphans.record(root, str(flow_run.id))
@@ -114,9 +117,11 @@ def _publish(work: _Work, experiment: str | None, status: tracking.Status) -> No
 def _stages(targets: list[str] | None, work: _Work) -> None:
     lock_file.settle(work.root)
     futures: dict[str, PrefectFuture[Any]] = {}
-    for stage in read(work.root, targets):
+    stages = read(work.root, targets)
+    alone = unaccompanied(stages)
+    for stage in stages:
         needed = [futures[name] for name in stage.needs]
-        futures[stage.name] = _stage_task(stage, work).submit(wait_for=needed)
+        futures[stage.name] = _stage_task(stage, work, stage.name in alone).submit(wait_for=needed)
     wait(list(futures.values()))
     bad = {name: future.state for name, future in futures.items() if not future.state.is_completed()}
     if bad:
@@ -133,7 +138,7 @@ def _stages(targets: list[str] | None, work: _Work) -> None:
         )
 
 
-def _stage_task(stage: Stage, work: _Work) -> Any:
+def _stage_task(stage: Stage, work: _Work, alone: bool) -> Any:
     @task(
         name=stage.name,
         task_run_name=stage.name,
@@ -149,6 +154,10 @@ def _stage_task(stage: Stage, work: _Work) -> Any:
             work.outcomes[stage.name] = Outcome.CACHED
             return _skipped(Outcome.CACHED)
         log = get_run_logger()
+        environment = work.parent.environment()
+        if not alone and "OMP_NUM_THREADS" not in os.environ:
+            # stages with a thread for every core each wait for each other's, and take many times as long
+            environment["OMP_NUM_THREADS"] = str(work.threads)
         with work.slots:
             outcome = reproduce(
                 work.root,
@@ -158,7 +167,7 @@ def _stage_task(stage: Stage, work: _Work) -> Any:
                 force=work.force,
                 pull=work.share,
                 timeout=work.timeout,
-                environment=work.parent.environment(),
+                environment=environment,
             )
         work.outcomes[stage.name] = outcome
         return str(outcome) if outcome is Outcome.RAN else _skipped(outcome)

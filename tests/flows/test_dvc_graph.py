@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.dvc_graph import GraphError, Stage, read
+from flows.dvc_graph import GraphError, Stage, read, unaccompanied
 from tests.flows.conftest import Make, import_data, stage
 
 ROOT = Path(__file__).parents[2]
@@ -83,3 +83,5 @@ def test_the_graph_of_this_project(make: Make) -> None:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     evaluations = [f"evaluate@{b}-{s}" for b in params["benchmarks"] for s in params["systems"]]
     assert set(evaluations) <= set(needs["report"]) <= set(needs)
+    alone = unaccompanied(read(root))
+    assert alone == {"data.dvc", "validate", "pretrain_vision", "sft", "calibrate"}

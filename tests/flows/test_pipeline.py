@@ -88,6 +88,25 @@ def mlflow_runs(root: Path) -> list[Run]:
     return list(client.search_runs([found.experiment_id])) if found else []
 
 
+def test_stages_side_by_side_share_the_cores(
+    make: Make, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two with a thread for every core each take many times as long as two that share."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    told = "printenv OMP_NUM_THREADS > {0} || echo all > {0}"
+    below = {"a": [], "b": ["a.txt"], "c": ["a.txt"], "d": ["b.txt", "c.txt"]}
+    out = "{}.txt".format
+    root = make({name: stage(told.format(out(name)), out(name), *needs) for name, needs in below.items()})
+    start(root, at_once=2).result()
+    half = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    found = {name: (root / out(name)).read_text().strip() for name in below}
+    assert found == {"a": "all", "b": half, "c": half, "d": "all"}
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    start(root, force=True).result()
+    assert {(root / out(name)).read_text().strip() for name in below} == {"7"}
+
+
 def test_it_does_what_dvc_repro_does(make: Make, start: Start, tmp_path: Path) -> None:
     root = make(DIAMOND, x=1)
     clone = tmp_path / "plain"
