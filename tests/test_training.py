@@ -304,28 +304,21 @@ def test_bfloat16_where_it_is_asked_for_and_fast(
     asked: bool, able: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model computes in bfloat16, weights and loss stay in float32; else nothing changes, bit for bit."""
-    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    seen: list[torch.dtype] = []
 
-    class Watched(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = toy(0.0)
+    def watched() -> nn.Module:
+        model = toy(0.0)
+        model.register_forward_hook(lambda module, given, answer: seen.append(answer.dtype))
+        return model
 
-        def forward(self, x: Tensor) -> Tensor:
-            answer: Tensor = self.net(x)
-            seen.append((next(self.net.parameters()).dtype, answer.dtype))
-            return answer
-
-    def of(model: nn.Module, batch: Numbers) -> tuple[Tensor, dict[str, Tensor]]:
-        error, parts = loss(model, batch)
-        return error.float(), parts
-
-    plain = run(Watched(), tmp_path / "a", of=of)
+    plain = run(watched(), tmp_path / "a")
     seen.clear()
     monkeypatch.setattr(devices, "halves", lambda: able)
-    points = run(Watched(), tmp_path / "b", of=of, bf16=asked)
+    model = watched()
+    points = run(model, tmp_path / "b", bf16=asked)
     halved = asked and able
-    assert set(seen) == {(torch.float32, torch.bfloat16 if halved else torch.float32)}
+    assert set(seen) == {torch.bfloat16 if halved else torch.float32}
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert (points == plain) is not halved
     assert points[-1][1]["train/loss"] == pytest.approx(plain[-1][1]["train/loss"], rel=0.05)
 
@@ -348,6 +341,6 @@ def test_attention_in_bfloat16_takes_the_kernel_whose_backward_is_fast(
             kernels.append(out.grad_fn.name())
             return out[0, 0, :, :1]
 
-    run(Attending(), tmp_path, of=lambda m, b: (loss(m, b)[0].float(), {}), steps=1, bf16=True)
+    run(Attending(), tmp_path, steps=1, bf16=True)
     assert kernels
     assert not any("Flash" in name for name in kernels)
