@@ -112,6 +112,7 @@ class ModelParams(Group):
     vision: VisionParams
     language: LanguageParams
     decoder: DecoderParams
+    tally: bool = False  # tell the image's tokens how many there are of what they show; for LMs from scratch
 
 
 class TrainParams(Group):
@@ -142,6 +143,7 @@ class SftWeights(Group):
     describe: float  # kind and place of a target, read off its embedding, auxiliary
     point: float  # where the embedding looks back at the image, auxiliary
     inventory: float  # what the answer will name, read off the prompt's last state, auxiliary
+    centres: float = 0.0  # where things have their centres, for the model's tally, auxiliary
 
 
 class SftParams(Group):

@@ -52,6 +52,12 @@ class Sample:
     source: str = ""  # provenance: "<file below the root>#<record>", for error messages
     digest: str = ""  # content hash of the image file, set when the sample is validated
 
+    @property
+    def annotates_all(self) -> bool:
+        """True where every thing in the image is in `objects`: ReasonSeg marks the answer alone, GranD_f what
+        its caption mentions."""
+        return bool(self.objects) and self.benchmark not in ("reasonseg", "grandf")
+
 
 def to_json(sample: Sample) -> str:
     """One line of JSON, keys sorted: the same sample always gives the same bytes."""

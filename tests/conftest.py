@@ -48,6 +48,7 @@ def mini_params() -> ModelParams:
             lora_targets=["q_proj", "v_proj"],
         ),
         decoder=DecoderParams(width=16, heads=2, layers=1, tokens=2, detail=4),
+        tally=True,
     )
 
 

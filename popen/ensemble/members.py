@@ -24,7 +24,8 @@ from torch import Tensor
 
 from popen.ensemble.attention import RefinementAttention, best_embedding, mean_embedding
 from popen.ensemble.score import FEATURES, Score, agreement, mask_confidence
-from popen.model.batches import IGNORED, Batch, Row
+from popen.model import IGNORED
+from popen.model.batches import Batch, Row
 from popen.model.generate import Answer, generate, generate_members
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter

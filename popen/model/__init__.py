@@ -5,3 +5,5 @@ Shapes used everywhere:
     N targets of a batch (flat over the rows), S scales (= tower levels), K codebook tokens a scale,
     C decoder width, H W mask size, M ensemble members, P image tokens in the LM.
 """
+
+IGNORED = -100  # torch's label for "no loss here"

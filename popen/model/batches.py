@@ -12,9 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from popen.masks import Mask
+from popen.model import IGNORED
 from popen.model.codebook import spell
-from popen.model.dense import IGNORED, dense_labels, image_array, mask_array
+from popen.model.dense import dense_labels, image_array, mask_array
 from popen.model.language import IMAGE, PROMPT
+from popen.model.tally import centre_labels
 from popen.samples import Sample
 
 
@@ -49,6 +51,7 @@ class Batch:
     valid: Tensor  # (N, H, W) float, 0 where the sample says "ignore"
     dense: Tensor | None = None  # (B, H, W) class of every pixel, IGNORED where unknown
     inventory: Tensor | None = None  # (R, categories) how many of each the answer names, IGNORED: unknown
+    centres: Tensor | None = None  # (B, categories, h, w) as `centre_labels` makes them
 
     @property
     def answered(self) -> Tensor:
@@ -97,12 +100,18 @@ class Encoder:
     """Turns images and rows into a Batch for one model (its tokenizer, codebook and sizes)."""
 
     def __init__(
-        self, tokenizer: Any, codebook: Sequence[str], image_tokens: int, size: int, categories: Sequence[str]
+        self,
+        tokenizer: Any,
+        codebook: Sequence[str],
+        image_tokens: int,
+        size: int,
+        categories: Sequence[str],
+        grid: int,
     ) -> None:
         self.tokenizer = tokenizer
         self.codebook = list(codebook)
         self.image_tokens = image_tokens
-        self.size = size
+        self.size, self.grid = size, grid  # of masks, and of the map of centres
         self.categories = list(categories)
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self.first_id = tokenizer.convert_tokens_to_ids(self.codebook[0])
@@ -132,7 +141,7 @@ class Encoder:
     def batch(
         self, images: Sequence[Image.Image], rows: Sequence[Row], dense: Sequence[Sample] = ()
     ) -> Batch:
-        """Encode. `dense`, one sample an image, asks for per-pixel labels made of its objects."""
+        """Encode. `dense`, one sample an image, asks for per-pixel labels and centres made of its objects."""
         pixels = np.stack([image_array(image, self.size) for image in images])
         prefix, forced = self.prefix_ids, set(self.tokenizer.convert_tokens_to_ids(self.codebook[1:]))
         prompts = [self.question_ids(row.question) for row in rows]
@@ -170,6 +179,7 @@ class Encoder:
                 valid.append(keep)
         shape = (0, self.size, self.size)
         labelled = [dense_labels(sample, self.categories, self.size) for sample in dense]
+        centres = [centre_labels(sample, self.categories, self.grid) for sample in dense]
         return Batch(
             images=torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255,
             image_of_row=torch.tensor([row.image for row in rows]),
@@ -182,6 +192,7 @@ class Encoder:
             valid=torch.from_numpy(np.stack(valid)).float() if valid else torch.zeros(shape),
             dense=torch.from_numpy(np.stack(labelled)) if labelled else None,
             inventory=self._inventory(rows) if any(row.kinds is not None for row in rows) else None,
+            centres=torch.from_numpy(np.stack(centres)) if centres else None,
         )
 
     def _inventory(self, rows: Sequence[Row]) -> Tensor:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from popen.devices import share
 from popen.masks import Mask, decode
+from popen.model import IGNORED
 from popen.model.decoder import Neck
+from popen.model.tally import Centres
 from popen.model.vision import Tower
 from popen.params import ModelParams
 from popen.samples import Sample
-
-IGNORED = -100  # torch's label for "no loss here"
 
 
 def image_array(image: Image.Image, size: int) -> NDArray[np.uint8]:
@@ -49,11 +49,9 @@ def categories_of(samples: Iterable[Sample]) -> list[str]:
 def dense_labels(sample: Sample, categories: Sequence[str], size: int) -> NDArray[np.int64]:
     """Class of every pixel (size, size): 0 background, 1 + index in `categories`; smaller things on top.
 
-    What no object covers is IGNORED, not background, where the data set does not annotate the whole image:
-    ReasonSeg marks the answer alone, GranD_f what its caption mentions.
+    What no object covers is IGNORED, not background, where the data set does not annotate the whole image.
     """
-    whole = sample.objects and sample.benchmark not in ("reasonseg", "grandf")
-    labels = np.full((size, size), 0 if whole else IGNORED, dtype=np.int64)
+    labels = np.full((size, size), 0 if sample.annotates_all else IGNORED, dtype=np.int64)
     decoded = [(mask_array(decode(thing.rle), size), thing.category) for thing in sample.objects]
     for mask, category in sorted(decoded, key=lambda pair: -int(pair[0].sum())):
         labels[mask] = 1 + categories.index(category) if category in categories else IGNORED
@@ -82,18 +80,25 @@ def dense_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pixels:
-    """A batch for DenseTower: images (B, 3, H, W) in [0, 1] and labels (B, H, W)."""
+    """A batch for DenseTower: images (B, 3, H, W) in [0, 1], labels (B, H, W) and centres
+    (B, categories, h, w) as `centre_labels` makes them."""
 
     images: Tensor
     labels: Tensor
+    centres: Tensor
 
     @classmethod
-    def of(cls, images: Sequence[NDArray[np.uint8]], labels: Sequence[NDArray[np.int64]]) -> Pixels:
+    def of(
+        cls,
+        images: Sequence[NDArray[np.uint8]],
+        labels: Sequence[NDArray[np.int64]],
+        centres: Sequence[NDArray[np.int64]],
+    ) -> Pixels:
         pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-        return cls(pixels, torch.from_numpy(np.stack(labels)))
+        return cls(pixels, torch.from_numpy(np.stack(labels)), torch.from_numpy(np.stack(centres)))
 
     def to(self, device: torch.device | str) -> Pixels:
-        return Pixels(self.images.to(device), self.labels.to(device))
+        return Pixels(self.images.to(device), self.labels.to(device), self.centres.to(device))
 
 
 def paint_loss(painted: Tensor, images: Tensor) -> Tensor:
@@ -120,11 +125,13 @@ class DenseTower(nn.Module):
         self.paint = nn.Sequential(nn.Conv2d(self.tower.widths[0], 3 * side**2, 1), nn.PixelShuffle(side))
         self.neck = Neck(self.tower.widths, self.tower.grids, params.decoder.width)
         self.dense = dense_head(params.decoder.width, len(categories))
+        self.centres = Centres(self.tower.widths, len(categories))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> logits (B, 1 + categories, h, w) and the painted images (B, 3, h', w')."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, H, W) -> logits (B, 1 + categories, h, w), the painted images (B, 3, h', w') and the map of
+        centres (B, categories, h'', w'')."""
         features = self.tower(images)
-        return self.dense(self.neck(features)[-1]), self.paint(features[0])
+        return self.dense(self.neck(features)[-1]), self.paint(features[0]), self.centres(features)
 
     def shared(self) -> dict[str, Tensor]:
         """The weights that a Segmenter has too."""

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from popen.devices import share
+from popen.model import IGNORED
 from popen.model.batches import Batch
-from popen.model.dense import IGNORED, dense_loss
+from popen.model.dense import dense_loss
 from popen.model.segmenter import Output
+from popen.model.tally import centre_loss
 from popen.params import SftWeights
 
 
@@ -139,5 +141,7 @@ def sft_loss(output: Output, batch: Batch, weights: SftWeights) -> tuple[Tensor,
         parts["point"] = point_loss(output.looked, batch)
     if output.inventory is not None and batch.inventory is not None and weights.inventory:
         parts["inventory"] = inventory_loss(output.inventory, batch.inventory)
+    if output.centres is not None and batch.centres is not None and weights.centres:
+        parts["centres"] = centre_loss(output.centres, batch.centres)
     total = sum((getattr(weights, name) * value for name, value in parts.items()), torch.zeros(()))
     return total, {name: value.detach() for name, value in parts.items()}

@@ -19,6 +19,7 @@ from popen.model.decoder import Neck, PixelDecoder
 from popen.model.dense import dense_head
 from popen.model.language import IMAGE, build_language, load_tokenizer
 from popen.model.published import check_llava, read_config
+from popen.model.tally import FACTS, Centres, counts, facts
 from popen.model.vision import Tower
 from popen.params import ModelParams
 
@@ -35,6 +36,7 @@ class Output:
     described: Tensor | None = None  # (N, S, 1 + categories + 3), see `describe_loss`
     looked: Tensor | None = None  # (N, S, h w) logits, see `point_loss`
     inventory: Tensor | None = None  # (R, categories, COUNTED) logits, see `inventory_loss`
+    centres: Tensor | None = None  # (B, categories, h', w') logits, see `centre_loss`
 
 
 class Projector(nn.Module):
@@ -86,12 +88,15 @@ class Segmenter(nn.Module):
         self.dense = dense_head(width, len(categories))
         self.describe = nn.Linear(width, 1 + len(categories) + 3)
         self.inventory = nn.Linear(hidden, len(categories) * COUNTED)
+        self.centres = Centres(self.tower.widths, len(categories)) if params.tally else None
+        self.tell = nn.Linear(FACTS, hidden) if params.tally else None
         self.encoder = Encoder(
             tokenizer,
             names,
             (self.tower.grids[0] // params.vision.shuffle) ** 2,
             params.vision.image_size,
             categories,
+            self.tower.grids[-1],
         )
         # a named base model provides what it brought and nothing trains, whatever a stage freezes later
         trains = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -113,10 +118,26 @@ class Segmenter(nn.Module):
         """Tokens of question and answer together that the language model can read behind an image."""
         return int(self.causal.config.max_position_embeddings) - len(self.encoder.prefix_ids)
 
+    def image_tokens(self, features: list[Tensor]) -> Tensor:
+        """Features of B images -> what the LM reads of them (B, P, D)."""
+        tokens: Tensor = self.projector(features[0])
+        return tokens if self.tell is None else tokens + self.tell(self.facts(features))
+
+    @torch.no_grad()
+    def facts(self, features: list[Tensor]) -> Tensor:
+        """How many of what a token shows there are (B, P, FACTS): `popen.model.tally.facts`, in float32."""
+        assert self.centres is not None
+        with torch.autocast(features[0].device.type, enabled=False):
+            features = [level.float() for level in features]
+            shows = self.dense(self.neck(features)[-1]).softmax(1)[:, 1:]
+            grid = features[0].shape[-1] // self.params.vision.shuffle
+            shares = F.adaptive_avg_pool2d(shows, grid).flatten(2)
+            return facts(counts(self.centres(features)), shares)
+
     def embed(self, input_ids: Tensor, features: list[Tensor], image_of_row: Tensor) -> Tensor:
         """Token ids (R, T) -> embeddings (R, T, D), the image's tokens in their places."""
         embeds = self.language.get_input_embeddings()(input_ids)
-        image = self.projector(features[0]).to(embeds.dtype)[image_of_row]
+        image = self.image_tokens(features).to(embeds.dtype)[image_of_row]
         places = (input_ids == self.encoder.image_id).unsqueeze(-1)
         return embeds.masked_scatter(places, image)
 
@@ -196,6 +217,7 @@ class Segmenter(nn.Module):
             described=None if batch.dense is None else self.describe(embeddings),
             looked=looked,
             inventory=None if batch.inventory is None else self.take_inventory(hidden, batch),
+            centres=None if batch.dense is None or self.centres is None else self.centres(features),
         )
 
     def take_inventory(self, hidden: Tensor, batch: Batch) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from popen.data.images import open_image
 from popen.masks import decode
-from popen.model.batches import IGNORED, Batch, Row
+from popen.model import IGNORED
+from popen.model.batches import Batch, Row
 from popen.model.losses import sft_loss, token_logps
 from popen.model.segmenter import Output, Segmenter
 from popen.params import AlignParams, SftWeights

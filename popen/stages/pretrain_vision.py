@@ -26,6 +26,7 @@ def pretrain(run: Run) -> None:
         image_array,
         paint_loss,
     )
+    from popen.model.tally import centre_labels, centre_loss, count_accuracy
     from popen.samples import Sample
     from popen.stages.learning import INDEX, fit, image_plan, samples
 
@@ -38,12 +39,18 @@ def pretrain(run: Run) -> None:
     def collate(items: Sequence[list[Sample]]) -> Pixels:
         opened = [open_image(root, item[0].image, params.data.max_pixels) for item in items]
         labels = [dense_labels(item[0], categories, size) for item in items]
-        return Pixels.of([image_array(image, size) for image in opened], labels)
+        centres = [centre_labels(item[0], categories, model.tower.grids[-1]) for item in items]
+        return Pixels.of([image_array(image, size) for image in opened], labels, centres)
 
     def loss(model: nn.Module, batch: Pixels) -> tuple[Tensor, dict[str, Tensor]]:
-        logits, painted = model(batch.images)
-        parts = {"dense": dense_loss(logits, batch.labels), "paint": paint_loss(painted, batch.images)}
-        return parts["dense"] + parts["paint"], {name: part.detach() for name, part in parts.items()}
+        logits, painted, centres = model(batch.images)
+        parts = {
+            "dense": dense_loss(logits, batch.labels),
+            "paint": paint_loss(painted, batch.images),
+            "centres": centre_loss(centres, batch.centres),
+        }
+        total = torch.stack(list(parts.values())).sum()
+        return total, {name: part.detach() for name, part in parts.items()}
 
     annotated = [sample for sample in train_samples if sample.objects]
     held_out = image_plan([sample for sample in samples("val") if sample.objects], 1, params.seed)
@@ -52,10 +59,16 @@ def pretrain(run: Run) -> None:
     def evaluate() -> dict[str, float]:
         seen = batch.to(next(model.parameters()).device)
         with torch.no_grad():
-            logits, painted = model(seen.images)
+            logits, painted, centres = model(seen.images)
             every, things = dense_accuracy(logits, seen.labels)
             missed = float(paint_loss(painted, seen.images))
-        return {"val/pixel_accuracy": every, "val/thing_accuracy": things, "val/paint": missed}
+            counted = count_accuracy(centres, seen.centres)
+        return {
+            "val/pixel_accuracy": every,
+            "val/thing_accuracy": things,
+            "val/paint": missed,
+            "val/count_accuracy": counted,
+        }
 
     plan = image_plan(annotated, params.pretrain_vision.questions, params.seed)
     inputs = [INDEX / "train.jsonl", INDEX / "val.jsonl"]

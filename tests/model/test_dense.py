@@ -22,6 +22,7 @@ from popen.model.dense import (
     paint_loss,
 )
 from popen.model.segmenter import Segmenter
+from popen.model.tally import centre_labels
 from popen.samples import Region, Sample
 from tests.conftest import CATEGORIES, mini_params, square
 
@@ -90,7 +91,7 @@ def test_a_tower_that_paints_keeps_the_colours() -> None:
         tower = DenseTower(mini_params(), CATEGORIES)
         optimizer = torch.optim.AdamW(tower.parameters(), 3e-3)
         for _ in range(60):
-            logits, painted = tower(images)
+            logits, painted, _ = tower(images)
             assert painted.shape == (16, 3, 16, 16)
             (dense_loss(logits, labels) + weight * paint_loss(painted, images)).backward()
             optimizer.step()
@@ -107,8 +108,11 @@ def test_a_pretrained_tower_fits_the_segmenter(mini_model: Segmenter, sample: Sa
     assert {name: value.shape for name, value in state.items()} == {name: whole[name].shape for name in state}
     mini_model.load_state_dict(state, strict=False)
     image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    pixels = Pixels.of([image], [dense_labels(sample, CATEGORIES, 32)])
+    labels, centres = dense_labels(sample, CATEGORIES, 32), centre_labels(sample, CATEGORIES, 8)
+    pixels = Pixels.of([image], [labels], [centres])
     torch.testing.assert_close(
         tower.eval()(pixels.images)[0],
         mini_model.dense(mini_model.neck(mini_model.tower(pixels.images))[-1]),
     )
+    assert mini_model.centres is not None
+    torch.testing.assert_close(tower(pixels.images)[2], mini_model.centres(mini_model.tower(pixels.images)))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from popen.model.batches import Batch
-from popen.model.dense import IGNORED
+from popen.model import IGNORED
 from popen.model.losses import (
     bce,
     contested,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from popen.masks import decode
 from popen.model.batches import Row
-from popen.model.dense import IGNORED
+from popen.model import IGNORED
 from popen.model.generate import generate
 from popen.model.losses import cross_entropy, token_logps
 from popen.model.segmenter import ModelError, Segmenter

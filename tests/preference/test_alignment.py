@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from popen.model.batches import IGNORED, Row
+from popen.model import IGNORED
+from popen.model.batches import Row
 from popen.model.losses import sft_loss, token_logps
 from popen.model.segmenter import Segmenter
 from popen.params import AlignParams, SftWeights, TrainParams

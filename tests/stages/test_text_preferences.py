@@ -14,7 +14,7 @@ import yaml
 
 from popen import cli_corrections
 from popen.errors import explain
-from popen.model.batches import IGNORED
+from popen.model import IGNORED
 from popen.model.segmenter import Segmenter
 from popen.params import load
 from popen.preference.alignment import chosen_rows

@@ -1,0 +1,102 @@
+"""How many things of a kind there are, told to the image's tokens (ours, for language models from scratch).
+
+A language model reads an image by attention, which takes means, and a mean does not count: three cups look
+like one. A small language model does not learn around that; docs/results.md has the measurement. So a head on
+the tower finds the centre of each thing, the centres of each kind are counted, and every token is told how
+many there are of what it shows: what all tokens of a kind say, a mean over them says too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from popen.devices import share
+from popen.masks import decode
+from popen.model import IGNORED
+from popen.samples import Sample
+
+COUNTED = (2, 3, 4)  # a token is told whether there are at least so many
+FACTS = len(COUNTED) + 1  # and how much of a thing it shows at all
+INNER = 128
+LOUD = 3.0  # a token's own features are about as large
+SURE = 0.35  # a peak of the map is a thing from about this probability
+
+
+def centre_labels(sample: Sample, categories: Sequence[str], grid: int) -> NDArray[np.int64]:
+    """1 where the centre of a thing's visible pixels lies, else 0: (categories, grid, grid).
+
+    All IGNORED where the data set does not annotate the whole image.
+    """
+    if not sample.annotates_all:
+        return np.full((len(categories), grid, grid), IGNORED, dtype=np.int64)
+    labels = np.zeros((len(categories), grid, grid), dtype=np.int64)
+    for thing in sample.objects:
+        mask = decode(thing.rle)
+        rows, columns = np.nonzero(mask)
+        if len(rows) and thing.category in categories:
+            y, x = (rows.mean() + 0.5) / mask.shape[0], (columns.mean() + 0.5) / mask.shape[1]
+            labels[categories.index(thing.category), int(y * grid), int(x * grid)] = 1
+    return labels
+
+
+class Centres(nn.Module):
+    """The tower's coarsest and finest features -> a map of the things' centres for each kind."""
+
+    def __init__(self, widths: Sequence[int], categories: int) -> None:
+        super().__init__()
+        self.coarse, self.fine = nn.Conv2d(widths[0], INNER, 1), nn.Conv2d(widths[-1], INNER, 1)
+        self.norm = nn.GroupNorm(8, INNER)
+        self.mix = nn.Conv2d(INNER, INNER, 3, padding=1)
+        self.out = nn.Conv2d(INNER, categories, 1)
+        assert self.out.bias is not None
+        nn.init.constant_(self.out.bias, -4.0)  # nearly every cell is nobody's centre
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """[(B, width, h, w)] coarse to fine -> logits (B, categories, h', w') on the finest level's cells."""
+        fine = self.fine(features[-1])
+        coarse = F.interpolate(self.coarse(features[0]), size=fine.shape[-2:], mode="bilinear")
+        return self.out(F.gelu(self.mix(F.gelu(self.norm(fine + coarse)))))
+
+
+def centre_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Focal loss (Lin et al. 2017, exponent 2) a centre, (B, categories, h, w) against labels in {0, 1}.
+
+    Zero where no image of the batch is labelled.
+    """
+    known, true = (labels != IGNORED).float(), (labels == 1).float()
+    wrong = (logits.detach().float().sigmoid() - true).abs().square()
+    loss = F.binary_cross_entropy_with_logits(logits.float(), true, weight=wrong * known, reduction="sum")
+    count = true.sum()
+    return loss / count.clamp(min=1) * share(count)
+
+
+def counts(logits: Tensor) -> Tensor:
+    """Map of centres (B, categories, h, w) -> how many of each kind (B, categories): peaks, each by how sure
+    it is."""
+    probability = logits.float().sigmoid()
+    peaks = probability == F.max_pool2d(probability, 3, stride=1, padding=1)
+    return (((probability - SURE) * 14).sigmoid() * peaks * (probability > SURE / 2)).sum((2, 3))
+
+
+def facts(found: Tensor, shows: Tensor) -> Tensor:
+    """How many of each kind there are (B, categories), and the share of each kind in what a token shows
+    (B, categories, P) -> what the tokens are told (B, P, FACTS)."""
+    at_least = torch.stack([((found - number + 0.5) * 8).sigmoid() for number in COUNTED], dim=-1)
+    told = torch.einsum("bkp,bkf->bpf", shows, at_least)
+    return LOUD * torch.cat([told, shows.sum(1).unsqueeze(-1)], dim=-1)
+
+
+@torch.no_grad()
+def count_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Of the kinds that an image shows or is said to show, the share counted right; labels as for
+    `centre_loss`."""
+    known = (labels != IGNORED).all((2, 3))
+    found, true = counts(logits).round()[known], (labels == 1).sum((2, 3))[known]
+    named = (found > 0) | (true > 0)
+    return float(((found == true) & named).sum() / named.sum().clamp(min=1))

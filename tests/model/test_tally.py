@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from popen.masks import encode
+from popen.model import IGNORED
+from popen.model.segmenter import Segmenter
+from popen.model.tally import (
+    LOUD,
+    Centres,
+    centre_labels,
+    centre_loss,
+    count_accuracy,
+    counts,
+    facts,
+)
+from popen.samples import Region, Sample
+from tests.conftest import CATEGORIES, square
+
+
+def a_map(*centres: tuple[int, int, int], grid: int = 8) -> torch.Tensor:
+    """Logits (1, 2, grid, grid) that are sure of these (kind, row, column) and of no others."""
+    logits = torch.full((1, 2, grid, grid), -8.0)
+    for kind, row, column in centres:
+        logits[0, kind, row, column] = 8.0
+    return logits
+
+
+def test_a_centre_lies_where_the_visible_pixels_have_theirs(sample: Sample) -> None:
+    labels = centre_labels(sample, CATEGORIES, 8)
+    assert labels.shape == (2, 8, 8)
+    assert labels.sum() == 2
+    assert labels[0, 2, 2] == 1  # the cup covers rows and columns 4 to 13 of 32: centre 9, and 9 / 4 = 2.25
+    assert labels[1, 6, 6] == 1  # the fork 20 to 27: centre 24
+    hidden = np.zeros((32, 32), dtype=bool)
+    half = replace(sample, objects=(square(4, 4, 10), Region("a cup", "cup", encode(hidden))))
+    assert centre_labels(half, CATEGORIES, 8).sum() == 1  # nothing shows of the second
+    odd = replace(sample, objects=(Region("a sea", "sea", square(0, 0, 32).rle),))
+    assert centre_labels(odd, CATEGORIES, 8).sum() == 0
+    for unknown in (replace(sample, objects=()), replace(sample, benchmark="grandf")):
+        assert (centre_labels(unknown, CATEGORIES, 8) == IGNORED).all()
+
+
+def test_things_in_the_corners_stay_inside(sample: Sample) -> None:
+    corners = tuple(square(x, y, 1) for x in (0, 31) for y in (0, 31))
+    labels = centre_labels(replace(sample, objects=corners), CATEGORIES, 8)
+    assert labels[0].sum() == 4
+    assert labels[0, [0, 0, 7, 7], [0, 7, 0, 7]].tolist() == [1, 1, 1, 1]
+
+
+def test_peaks_are_counted_kind_by_kind() -> None:
+    found = counts(a_map((0, 1, 1), (0, 1, 4), (0, 6, 6), (1, 3, 3)))
+    torch.testing.assert_close(found, torch.tensor([[3.0, 1.0]]), atol=1e-3, rtol=0)
+    assert float(counts(a_map()).sum()) == 0.0
+    wide = a_map((0, 2, 2))
+    wide[0, 0, 2, 3] = 7.0  # the same thing's slope, lower than its neighbour
+    assert float(counts(wide)[0, 0]) == pytest.approx(1.0, abs=1e-3)
+    unsure = a_map()
+    unsure[0, 0, 2, 2] = float(torch.logit(torch.tensor(0.35)))
+    assert float(counts(unsure)[0, 0]) == pytest.approx(0.5)
+
+
+def test_a_token_is_told_how_many_there_are_of_what_it_shows() -> None:
+    shows = torch.zeros(1, 2, 4)
+    shows[0, 0, 0] = 1.0  # the first token shows a cup, the second half of one,
+    shows[0, 0, 1] = 0.5
+    shows[0, 1, 2] = 1.0  # the third a fork, the fourth nothing
+    told = facts(torch.tensor([[3.0, 1.0]]), shows)[0] / LOUD
+    expected = torch.tensor([[1, 1, 0, 1], [0.5, 0.5, 0, 0.5], [0, 0, 0, 1], [0, 0, 0, 0]])
+    torch.testing.assert_close(told, expected, atol=0.02, rtol=0)
+
+
+def test_centre_loss_by_hand() -> None:
+    p = torch.tensor([[[[0.8, 0.1]]]])
+    labels = torch.tensor([[[[1, 0]]]])
+    expected = -(0.2**2) * np.log(0.8) - 0.1**2 * np.log(0.9)
+    assert float(centre_loss(torch.logit(p), labels)) == pytest.approx(expected, rel=1e-5)
+    two = torch.logit(p.expand(1, 2, 1, 2))
+    assert float(centre_loss(two, labels.expand(1, 2, 1, 2))) == pytest.approx(expected, rel=1e-5)
+    assert float(centre_loss(torch.logit(p), torch.full_like(labels, IGNORED))) == 0.0
+
+
+def test_count_accuracy_by_hand() -> None:
+    labels = (a_map((0, 1, 1), (0, 5, 5), (1, 3, 3)) > 0).long()
+    assert count_accuracy(a_map((0, 1, 2), (0, 6, 5), (1, 3, 3)), labels) == 1.0
+    assert count_accuracy(a_map((0, 1, 1), (1, 3, 3)), labels) == 0.5
+    assert count_accuracy(a_map((0, 1, 1), (0, 5, 5)), labels) == 0.5
+    absent = labels.clone()
+    absent[:, 1] = 0
+    assert count_accuracy(a_map((0, 1, 1), (0, 5, 5)), absent) == 1.0  # no fork, and none said
+    assert count_accuracy(a_map(), torch.full_like(labels, IGNORED)) == 0.0
+
+
+def test_centres_are_learnt() -> None:
+    torch.manual_seed(0)
+    where = torch.rand(16, 2, 8, 8) < 0.05
+    features = [torch.randn(16, 6, 4, 4), where.float().repeat(1, 2, 1, 1)]
+    head = Centres([6, 4], 2)
+    optimizer = torch.optim.AdamW(head.parameters(), 3e-3)
+    for _ in range(150):
+        loss = centre_loss(head(features), where.long())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = head(features)[:, :, 1:-1, 1:-1] > 0
+    assert float((found == where[:, :, 1:-1, 1:-1]).float().mean()) > 0.98
+
+
+def test_the_language_model_reads_the_counts(mini_model: Segmenter) -> None:
+    """More of a kind changes the tokens that show it, by what `tell` makes of the difference; and no
+    gradient of the words reaches what counts."""
+    features = [level.requires_grad_() for level in mini_model.tower(torch.rand(1, 3, 32, 32))]
+    plain = mini_model.projector(features[0])
+    told = mini_model.image_tokens(features) - plain
+    torch.testing.assert_close(told, mini_model.tell(mini_model.facts(features)))
+    assert not mini_model.facts(features).requires_grad
+    mini_model.zero_grad()
+    mini_model.image_tokens(features).sum().backward()
+    assert mini_model.tell.weight.grad is not None
+    assert all(p.grad is None for p in mini_model.centres.parameters())
+    assert all(p.grad is None for p in mini_model.dense.parameters())
