@@ -26,8 +26,8 @@ from popen.ensemble.members import (
 )
 from popen.ensemble.score import FEATURES, REWARD, Score, mask_confidence, reward_score
 from popen.evaluation.iou import iou_matrix, matched_value
-from popen.model.batches import Row
 from popen.model import IGNORED
+from popen.model.batches import Row
 from popen.model.generate import generate
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter

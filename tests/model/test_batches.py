@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from popen.masks import decode
-from popen.model.batches import Row
 from popen.model import IGNORED
+from popen.model.batches import Row
 from popen.model.language import IMAGE
 from popen.model.segmenter import COUNTED, Segmenter
 from popen.samples import Sample

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from popen.model.batches import Batch
 from popen.model import IGNORED
+from popen.model.batches import Batch
 from popen.model.losses import (
     bce,
     contested,

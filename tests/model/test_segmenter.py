@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from popen.masks import decode
-from popen.model.batches import Row
 from popen.model import IGNORED
+from popen.model.batches import Row
 from popen.model.generate import generate
 from popen.model.losses import cross_entropy, token_logps
 from popen.model.segmenter import ModelError, Segmenter
