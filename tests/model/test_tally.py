@@ -113,13 +113,16 @@ def test_centres_are_learnt() -> None:
 def test_the_language_model_reads_the_counts(mini_model: Segmenter) -> None:
     """More of a kind changes the tokens that show it, by what `tell` makes of the difference; and no
     gradient of the words reaches what counts."""
+    centres, tell = mini_model.centres, mini_model.tell
+    assert centres is not None
+    assert tell is not None
     features = [level.requires_grad_() for level in mini_model.tower(torch.rand(1, 3, 32, 32))]
     plain = mini_model.projector(features[0])
     told = mini_model.image_tokens(features) - plain
-    torch.testing.assert_close(told, mini_model.tell(mini_model.facts(features)))
+    torch.testing.assert_close(told, tell(mini_model.facts(features)))
     assert not mini_model.facts(features).requires_grad
     mini_model.zero_grad()
     mini_model.image_tokens(features).sum().backward()
-    assert mini_model.tell.weight.grad is not None
-    assert all(p.grad is None for p in mini_model.centres.parameters())
+    assert tell.weight.grad is not None
+    assert all(p.grad is None for p in centres.parameters())
     assert all(p.grad is None for p in mini_model.dense.parameters())
