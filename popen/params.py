@@ -112,7 +112,9 @@ class ModelParams(Group):
     vision: VisionParams
     language: LanguageParams
     decoder: DecoderParams
-    tally: bool = False  # tell the image's tokens how many there are of what they show; for LMs from scratch
+    # the image's tokens are told how many there are of what they show, and a question's words look at them;
+    # for language models from scratch
+    tally: bool = False
 
 
 class TrainParams(Group):
@@ -144,6 +146,7 @@ class SftWeights(Group):
     point: float  # where the embedding looks back at the image, auxiliary
     inventory: float  # what the answer will name, read off the prompt's last state, auxiliary
     centres: float = 0.0  # where things have their centres, for the model's tally, auxiliary
+    look: float = 0.0  # where a question's words look, for the model's tally, auxiliary
 
 
 class SftParams(Group):

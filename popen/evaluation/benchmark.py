@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from pandas import DataFrame
 
 from popen.evaluation import captions, iou
-from popen.evaluation.hallucination import Vocabulary, categories, judge
+from popen.evaluation.hallucination import categories, judge
 from popen.evaluation.prediction import EvaluationError, Prediction
 from popen.masks import Mask, decode, union
+from popen.model.words import Vocabulary
 from popen.samples import Rle, Sample
 
 Column = NDArray[np.float64]

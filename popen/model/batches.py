@@ -17,6 +17,7 @@ from popen.model.codebook import spell
 from popen.model.dense import dense_labels, image_array, mask_array
 from popen.model.language import IMAGE, PROMPT
 from popen.model.tally import centre_labels
+from popen.model.words import Vocabulary
 from popen.samples import Sample
 
 
@@ -52,6 +53,7 @@ class Batch:
     dense: Tensor | None = None  # (B, H, W) class of every pixel, IGNORED where unknown
     inventory: Tensor | None = None  # (R, categories) how many of each the answer names, IGNORED: unknown
     centres: Tensor | None = None  # (B, categories, h, w) as `centre_labels` makes them
+    named: Tensor | None = None  # (R, T) the kind that a word of the question names, IGNORED: none
 
     @property
     def answered(self) -> Tensor:
@@ -60,8 +62,9 @@ class Batch:
 
     @property
     def asked(self) -> Tensor:
-        """(R,) place of the prompt's last token. Every row must have an answer."""
-        return self.answered.int().argmax(1)
+        """(R,) place of the prompt's last token."""
+        answered = self.answered
+        return torch.where(answered.any(1), answered.int().argmax(1), answered.shape[1])
 
     @property
     def image_of_target(self) -> Tensor:
@@ -87,13 +90,17 @@ class Batch:
 
     def first_rows(self, count: int) -> Batch:
         """The first `count` rows, which must hold every supervised target."""
-        rows = ("image_of_row", "input_ids", "attention_mask", "labels", "inventory")
+        rows = ("image_of_row", "input_ids", "attention_mask", "labels", "inventory", "named")
         known = {name: getattr(self, name) for name in rows}
         return replace(self, **{name: part[:count] for name, part in known.items() if part is not None})
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+
+def _behind_image(question: str) -> str:
+    return PROMPT.partition(IMAGE)[2].format(question=question)
 
 
 class Encoder:
@@ -114,6 +121,8 @@ class Encoder:
         self.size, self.grid = size, grid  # of masks, and of the map of centres
         self.categories = list(categories)
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.vocabulary = Vocabulary(categories)
+        self.kind_of = {self.vocabulary.category(name): kind for kind, name in enumerate(categories)}
         self.first_id = tokenizer.convert_tokens_to_ids(self.codebook[0])
         # Llama's kind of tokenizer puts a space before a text, which the text behind the image must not get
         alone, behind = (tokenizer.encode(text, add_special_tokens=False) for text in ("\n", IMAGE + "\n"))
@@ -128,10 +137,26 @@ class Encoder:
 
     def question_ids(self, question: str) -> list[int]:
         """Ids of the prompt behind the image."""
-        text = PROMPT.partition(IMAGE)[2].format(question=question)
-        # a question that spells a special token ("<image>") gets its letters, never the token
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = self._question(question)["input_ids"]
         return ids[self.spaces :]
+
+    def question_kinds(self, question: str) -> list[int]:
+        """The kind that each of `question_ids` names, IGNORED for none: names that are one token, for a word
+        by itself does not know what its neighbours say."""
+        offsets = self._question(question, return_offsets_mapping=True)["offset_mapping"]
+        names = self.vocabulary.named(_behind_image(question))
+        kinds = [
+            next(
+                (self.kind_of[name] for start, end, name in names if first <= start and end <= last), IGNORED
+            )
+            for first, last in offsets
+        ]
+        return kinds[self.spaces :]
+
+    def _question(self, question: str, **asked: bool) -> Any:
+        # a question that spells a special token ("<image>") gets its letters, never the token
+        text = _behind_image(question)
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, **asked)
 
     def answer_ids(self, answer: str) -> list[int]:
         """Ids of an answer with `{seg}`, closed by the end token."""
@@ -141,7 +166,8 @@ class Encoder:
     def batch(
         self, images: Sequence[Image.Image], rows: Sequence[Row], dense: Sequence[Sample] = ()
     ) -> Batch:
-        """Encode. `dense`, one sample an image, asks for per-pixel labels and centres made of its objects."""
+        """Encode. `dense`, one sample an image, asks for labels of its pixels, its things' centres and the
+        questions' words, made of its objects."""
         pixels = np.stack([image_array(image, self.size) for image in images])
         prefix, forced = self.prefix_ids, set(self.tokenizer.convert_tokens_to_ids(self.codebook[1:]))
         prompts = [self.question_ids(row.question) for row in rows]
@@ -152,6 +178,7 @@ class Encoder:
         ids[:, : len(prefix)] = torch.tensor(prefix)
         attention[:, : len(prefix)] = 1
         labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
+        named = torch.full((len(rows), length), IGNORED, dtype=torch.long)
         positions: list[list[int]] = []
         row_of: list[int] = []
         masks: list[Mask] = []
@@ -162,6 +189,9 @@ class Encoder:
             attention[index, length - len(used) :] = 1
             start = length - len(answer)
             labels[index, start:] = torch.tensor([IGNORED if i in forced else i for i in answer])
+            if dense and dense[row.image].annotates_all:
+                kinds = self.question_kinds(row.question)
+                named[index, length - len(used) : length - len(answer)] = torch.tensor(kinds)
             if row.masks is None:
                 continue
             firsts = [start + i for i, token in enumerate(answer) if token == self.first_id]
@@ -193,6 +223,7 @@ class Encoder:
             dense=torch.from_numpy(np.stack(labelled)) if labelled else None,
             inventory=self._inventory(rows) if any(row.kinds is not None for row in rows) else None,
             centres=torch.from_numpy(np.stack(centres)) if centres else None,
+            named=named if dense else None,
         )
 
     def _inventory(self, rows: Sequence[Row]) -> Tensor:

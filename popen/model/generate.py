@@ -118,7 +118,7 @@ def _generate(
     )
     try:
         output = model.causal.generate(
-            inputs_embeds=model.embed(batch.input_ids, features, batch.image_of_row),
+            inputs_embeds=model.embed(batch.input_ids, model.image_tokens(features), batch.image_of_row),
             attention_mask=batch.attention_mask,
             max_new_tokens=max_new_tokens,
             **sampling,

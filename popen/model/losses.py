@@ -13,6 +13,7 @@ from popen.devices import share
 from popen.model import IGNORED
 from popen.model.batches import Batch
 from popen.model.dense import dense_loss
+from popen.model.look import look_loss
 from popen.model.segmenter import Output
 from popen.model.tally import centre_loss
 from popen.params import SftWeights
@@ -143,5 +144,9 @@ def sft_loss(output: Output, batch: Batch, weights: SftWeights) -> tuple[Tensor,
         parts["inventory"] = inventory_loss(output.inventory, batch.inventory)
     if output.centres is not None and batch.centres is not None and weights.centres:
         parts["centres"] = centre_loss(output.centres, batch.centres)
+    if output.sought is not None and batch.named is not None and batch.dense is not None and weights.look:
+        named = batch.named != IGNORED
+        labels = batch.dense[batch.image_of_row[named.nonzero(as_tuple=True)[0]]]
+        parts["look"] = look_loss(output.sought, batch.named[named], labels)
     total = sum((getattr(weights, name) * value for name, value in parts.items()), torch.zeros(()))
     return total, {name: value.detach() for name, value in parts.items()}

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from popen.errors import ModelError as ModelError
+from popen.model import IGNORED
 from popen.model.batches import Batch, Encoder
 from popen.model.codebook import Codebook, token_names
 from popen.model.decoder import Neck, PixelDecoder
 from popen.model.dense import dense_head
 from popen.model.language import IMAGE, build_language, load_tokenizer
+from popen.model.look import Look
 from popen.model.published import check_llava, read_config
 from popen.model.tally import FACTS, Centres, counts, facts
 from popen.model.vision import Tower
@@ -37,6 +39,7 @@ class Output:
     looked: Tensor | None = None  # (N, S, h w) logits, see `point_loss`
     inventory: Tensor | None = None  # (R, categories, COUNTED) logits, see `inventory_loss`
     centres: Tensor | None = None  # (B, categories, h', w') logits, see `centre_loss`
+    sought: Tensor | None = None  # (words, P + 1) logits of those that `batch.named` names, see `look_loss`
 
 
 class Projector(nn.Module):
@@ -90,6 +93,7 @@ class Segmenter(nn.Module):
         self.inventory = nn.Linear(hidden, len(categories) * COUNTED)
         self.centres = Centres(self.tower.widths, len(categories)) if params.tally else None
         self.tell = nn.Linear(FACTS, hidden) if params.tally else None
+        self.look = Look(hidden) if params.tally else None
         self.encoder = Encoder(
             tokenizer,
             names,
@@ -134,15 +138,29 @@ class Segmenter(nn.Module):
             shares = F.adaptive_avg_pool2d(shows, grid).flatten(2)
             return facts(counts(self.centres(features)), shares)
 
-    def embed(self, input_ids: Tensor, features: list[Tensor], image_of_row: Tensor) -> Tensor:
-        """Token ids (R, T) -> embeddings (R, T, D), the image's tokens in their places."""
-        embeds = self.language.get_input_embeddings()(input_ids)
-        image = self.image_tokens(features).to(embeds.dtype)[image_of_row]
-        places = (input_ids == self.encoder.image_id).unsqueeze(-1)
-        return embeds.masked_scatter(places, image)
+    def embed(
+        self, input_ids: Tensor, image: Tensor, image_of_row: Tensor, asked: Tensor | None = None
+    ) -> Tensor:
+        """Token ids (R, T) and `image_tokens` (B, P, D) -> embeddings (R, T, D), the image's in their places.
 
-    def hidden(self, batch: Batch, features: list[Tensor]) -> Tensor:
-        """Last hidden states of the LM (R, T, D).
+        The words of a question look at the image; `asked` (R,) is the place of its last, and without it no
+        answer follows.
+        """
+        embeds: Tensor = self.language.get_input_embeddings()(input_ids)
+        own = image.to(embeds.dtype)[image_of_row]
+        embeds = embeds.masked_scatter((input_ids == self.encoder.image_id).unsqueeze(-1), own)
+        n = len(self.encoder.prefix_ids)
+        behind = embeds[:, n:]
+        if self.look is None or not behind.shape[1]:
+            return embeds
+        looked = self.look(behind, own).to(embeds.dtype)
+        if asked is not None:
+            question = torch.arange(n, embeds.shape[1], device=asked.device) <= asked[:, None]
+            looked = torch.where(question.unsqueeze(-1), looked, behind)
+        return torch.cat([embeds[:, :n], looked], dim=1)
+
+    def hidden(self, batch: Batch, features: list[Tensor], image: Tensor | None = None) -> Tensor:
+        """Last hidden states of the LM (R, T, D). `image` spares making `image_tokens` of the features.
 
         Rows that share an image share its tokens' pass: the prefix runs once an image, and its keys and
         values are handed to the rows. Those run in parts of about equal length, without the padding that
@@ -151,19 +169,21 @@ class Segmenter(nn.Module):
         """
         from transformers import DynamicCache
 
+        image = self.image_tokens(features) if image is None else image
         places = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+        embeds = self.embed(batch.input_ids, image, batch.image_of_row, batch.asked)
         if self.training and self.params.language.checkpointing:
             whole = self.causal.base_model(
-                inputs_embeds=self.embed(batch.input_ids, features, batch.image_of_row),
+                inputs_embeds=embeds,
                 attention_mask=batch.attention_mask,
                 position_ids=places,
                 use_cache=False,
             )
             return cast(Tensor, whole.last_hidden_state)
-        n, images = len(self.encoder.prefix_ids), len(features[0])
+        n, images = len(self.encoder.prefix_ids), len(image)
         everywhere = torch.arange(images, device=places.device)
         prefix = self.causal.base_model(
-            inputs_embeds=self.embed(batch.input_ids[:1, :n].expand(images, n), features, everywhere),
+            inputs_embeds=self.embed(batch.input_ids[:1, :n].expand(images, n), image, everywhere),
             position_ids=places[:1, :n].expand(images, n),
             use_cache=True,
         )
@@ -175,7 +195,7 @@ class Segmenter(nn.Module):
             start = batch.input_ids.shape[1] - int(lengths[rows].max())
             image_of = batch.image_of_row[rows]
             rest = self.causal.base_model(
-                inputs_embeds=self.language.get_input_embeddings()(batch.input_ids[rows, start:]),
+                inputs_embeds=embeds[rows, start:],
                 attention_mask=torch.cat(
                     [batch.attention_mask[rows, :n], batch.attention_mask[rows, start:]], dim=1
                 ),
@@ -207,7 +227,8 @@ class Segmenter(nn.Module):
         """`features` may be given where the tower is frozen and they are cached."""
         if features is None:
             features = self.tower(batch.images)
-        hidden = self.hidden(batch, features)
+        image = self.image_tokens(features)
+        hidden = self.hidden(batch, features, image)
         embeddings, looked = self.segmentation_embeddings(hidden, batch, features)
         return Output(
             logits=self.causal.get_output_embeddings()(hidden[:, :-1][batch.answered]),
@@ -218,7 +239,15 @@ class Segmenter(nn.Module):
             looked=looked,
             inventory=None if batch.inventory is None else self.take_inventory(hidden, batch),
             centres=None if batch.dense is None or self.centres is None else self.centres(features),
+            sought=None if batch.named is None else self.seek(batch, image),
         )
+
+    def seek(self, batch: Batch, image: Tensor) -> Tensor | None:
+        """Where the words that `batch.named` names look at `image_tokens`: logits (words, P + 1)."""
+        assert batch.named is not None
+        rows, places = (batch.named != IGNORED).nonzero(as_tuple=True)
+        words = self.language.get_input_embeddings()(batch.input_ids[rows, places])
+        return None if self.look is None else self.look.where(words, image[batch.image_of_row[rows]])
 
     def take_inventory(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Hidden states (R, T, D) -> logits (R, categories, COUNTED), read where the answer begins."""

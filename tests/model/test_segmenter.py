@@ -53,7 +53,9 @@ def test_a_shared_prefix_equals_whole_rows(
     batch = mini_model.encoder.batch([picture, other], three)
     features = mini_model.tower(batch.images)
     whole = mini_model.causal.model(
-        inputs_embeds=mini_model.embed(batch.input_ids, features, batch.image_of_row),
+        inputs_embeds=mini_model.embed(
+            batch.input_ids, mini_model.image_tokens(features), batch.image_of_row, batch.asked
+        ),
         attention_mask=batch.attention_mask,
         position_ids=(batch.attention_mask.cumsum(1) - 1).clamp(min=0),
     ).last_hidden_state
