@@ -160,7 +160,7 @@ def activations(model: Segmenter, rows: int) -> int:
         image_of = torch.zeros(rows * TARGETS, dtype=torch.long, device="meta")
         scales, width = model.codebook.scales, params.decoder.width
         embeddings = torch.zeros(rows * TARGETS, scales, width, device="meta", requires_grad=True)
-        return model.image_tokens(features).sum() + model.decode(embeddings, features, images, image_of).sum()
+        return model.projector(features[0]).sum() + model.decode(embeddings, features, images, image_of).sum()
 
     return language_bytes(params.language, rows * tokens, rows * TEXT) + saved_bytes(rest, model)
 

@@ -32,8 +32,10 @@ def export(source: Path, folder: Path) -> None:
 
     model = Segmenter.load(source)
     visual, size = model.tower.net, model.params.vision.image_size
-    if not model.params.language.lora_r or model.params.vision.shuffle != 1 or not hasattr(visual, "conv1"):
-        raise ModelError(f"{source}: only a CLIP tower, shuffle 1 and LoRA make a LLaVA-1.5 to export")
+    plain = model.params.vision.shuffle == 1 and not model.params.tally and hasattr(visual, "conv1")
+    if not model.params.language.lora_r or not plain:
+        what = "only a CLIP tower, shuffle 1, no tally and LoRA"
+        raise ModelError(f"{source}: {what} make a LLaVA-1.5 to export")
     _write_parts(model, folder / PARTS)
     merged = model.language.merge_and_unload()
     tower, patch = _clip(visual, size), visual.conv1.kernel_size[0]

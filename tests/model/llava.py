@@ -133,4 +133,4 @@ def llava_params(folder: Path, tower: Path, **language: Any) -> ModelParams:
     mini = mini_params()
     raw = mini.language.model_dump() | {"name": str(folder), "lora_r": 2} | language
     vision = VisionParams(name=VIT, pretrained=str(tower), image_size=SIZE, levels=[BLOCKS - 2, 1], shuffle=1)
-    return mini.model_copy(update={"language": LanguageParams(**raw), "vision": vision})
+    return mini.model_copy(update={"language": LanguageParams(**raw), "vision": vision, "tally": False})

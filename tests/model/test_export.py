@@ -67,6 +67,6 @@ def test_an_exported_model_gives_the_same_masks_and_words(
 
 def test_what_is_no_llava_is_refused(mini_model: Segmenter, tmp_path: Path) -> None:
     mini_model.save(tmp_path / "small")
-    with pytest.raises(ModelError, match="only a CLIP tower, shuffle 1 and LoRA"):
+    with pytest.raises(ModelError, match="only a CLIP tower, shuffle 1, no tally and LoRA"):
         export(tmp_path / "small", tmp_path / "made")
     assert not (tmp_path / "made").exists()
