@@ -89,7 +89,7 @@ def trained(
 
 
 def same(first: Any, second: Any, atol: float = 5e-5) -> None:
-    """Curves and weights agree to within rounding, which AdamW enlarges where gradients are tiny (`atol`), and
+    """Curves and weights agree to within rounding, which AdamW enlarges where gradients are tiny, and
     Muon, which works in bf16, everywhere. The norm of all gradients is as far off as the weights are."""
     for (step, figures), (again, others) in zip(first[1], second[1], strict=True):
         assert step == again

@@ -16,6 +16,7 @@ from popen.model import IGNORED
 from popen.model.codebook import spell
 from popen.model.dense import dense_labels, image_array, mask_array
 from popen.model.language import IMAGE, PROMPT
+from popen.model.look import NOTHING
 from popen.model.tally import centre_labels
 from popen.model.words import Vocabulary
 from popen.samples import Sample
@@ -53,7 +54,7 @@ class Batch:
     dense: Tensor | None = None  # (B, H, W) class of every pixel, IGNORED where unknown
     inventory: Tensor | None = None  # (R, categories) how many of each the answer names, IGNORED: unknown
     centres: Tensor | None = None  # (B, categories, h, w) as `centre_labels` makes them
-    named: Tensor | None = None  # (R, T) the kind that a word of the question names, IGNORED: none
+    named: Tensor | None = None  # (R, T) the kind that a word of the question names, NOTHING or IGNORED
 
     @property
     def answered(self) -> Tensor:
@@ -141,13 +142,13 @@ class Encoder:
         return ids[self.spaces :]
 
     def question_kinds(self, question: str) -> list[int]:
-        """The kind that each of `question_ids` names, IGNORED for none: names that are one token, for a word
-        by itself does not know what its neighbours say."""
+        """The kind that each of `question_ids` names, or NOTHING: names of one token, for a word by itself
+        does not know what its neighbours say."""
         offsets = self._question(question, return_offsets_mapping=True)["offset_mapping"]
         names = self.vocabulary.named(_behind_image(question))
         kinds = [
             next(
-                (self.kind_of[name] for start, end, name in names if first <= start and end <= last), IGNORED
+                (self.kind_of[name] for start, end, name in names if first <= start and end <= last), NOTHING
             )
             for first, last in offsets
         ]

@@ -116,9 +116,10 @@ def _generate(
     hook = model.causal.base_model.register_forward_hook(
         lambda module, given, told: states.append(told.last_hidden_state[:, -1].clone())
     )
+    embeds, _ = model.embed(batch.input_ids, model.image_tokens(features), batch.image_of_row)
     try:
         output = model.causal.generate(
-            inputs_embeds=model.embed(batch.input_ids, model.image_tokens(features), batch.image_of_row),
+            inputs_embeds=embeds,
             attention_mask=batch.attention_mask,
             max_new_tokens=max_new_tokens,
             **sampling,

@@ -145,8 +145,7 @@ def sft_loss(output: Output, batch: Batch, weights: SftWeights) -> tuple[Tensor,
     if output.centres is not None and batch.centres is not None and weights.centres:
         parts["centres"] = centre_loss(output.centres, batch.centres)
     if output.sought is not None and batch.named is not None and batch.dense is not None and weights.look:
-        named = batch.named != IGNORED
-        labels = batch.dense[batch.image_of_row[named.nonzero(as_tuple=True)[0]]]
-        parts["look"] = look_loss(output.sought, batch.named[named], labels)
+        named = batch.named[:, -output.sought.shape[1] :]
+        parts["look"] = look_loss(output.sought, named, batch.dense[batch.image_of_row])
     total = sum((getattr(weights, name) * value for name, value in parts.items()), torch.zeros(()))
     return total, {name: value.detach() for name, value in parts.items()}

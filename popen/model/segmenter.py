@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from popen.errors import ModelError as ModelError
-from popen.model import IGNORED
 from popen.model.batches import Batch, Encoder
 from popen.model.codebook import Codebook, token_names
 from popen.model.decoder import Neck, PixelDecoder
@@ -39,7 +38,7 @@ class Output:
     looked: Tensor | None = None  # (N, S, h w) logits, see `point_loss`
     inventory: Tensor | None = None  # (R, categories, COUNTED) logits, see `inventory_loss`
     centres: Tensor | None = None  # (B, categories, h', w') logits, see `centre_loss`
-    sought: Tensor | None = None  # (words, P + 1) logits of those that `batch.named` names, see `look_loss`
+    sought: Tensor | None = None  # (R, T', P + 1) logits of the T' tokens behind the image, see `look_loss`
 
 
 class Projector(nn.Module):
@@ -140,11 +139,11 @@ class Segmenter(nn.Module):
 
     def embed(
         self, input_ids: Tensor, image: Tensor, image_of_row: Tensor, asked: Tensor | None = None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Token ids (R, T) and `image_tokens` (B, P, D) -> embeddings (R, T, D), the image's in their places.
 
         The words of a question look at the image; `asked` (R,) is the place of its last, and without it no
-        answer follows.
+        answer follows. The second result is where the tokens behind the image's would look (R, T', P + 1).
         """
         embeds: Tensor = self.language.get_input_embeddings()(input_ids)
         own = image.to(embeds.dtype)[image_of_row]
@@ -152,15 +151,21 @@ class Segmenter(nn.Module):
         n = len(self.encoder.prefix_ids)
         behind = embeds[:, n:]
         if self.look is None or not behind.shape[1]:
-            return embeds
-        looked = self.look(behind, own).to(embeds.dtype)
+            return embeds, None
+        read, looked = self.look(behind, own)
         if asked is not None:
             question = torch.arange(n, embeds.shape[1], device=asked.device) <= asked[:, None]
-            looked = torch.where(question.unsqueeze(-1), looked, behind)
-        return torch.cat([embeds[:, :n], looked], dim=1)
+            read = torch.where(question.unsqueeze(-1), read, behind)
+        return torch.cat([embeds[:, :n], read.to(embeds.dtype)], dim=1), looked
 
-    def hidden(self, batch: Batch, features: list[Tensor], image: Tensor | None = None) -> Tensor:
-        """Last hidden states of the LM (R, T, D). `image` spares making `image_tokens` of the features.
+    def hidden(self, batch: Batch, features: list[Tensor]) -> Tensor:
+        """Last hidden states of the LM (R, T, D)."""
+        image = self.image_tokens(features)
+        embeds, _ = self.embed(batch.input_ids, image, batch.image_of_row, batch.asked)
+        return self._hidden(batch, image, embeds)
+
+    def _hidden(self, batch: Batch, image: Tensor, embeds: Tensor) -> Tensor:
+        """Image tokens (B, P, D) and all embeddings (R, T, D) -> last hidden states (R, T, D).
 
         Rows that share an image share its tokens' pass: the prefix runs once an image, and its keys and
         values are handed to the rows. Those run in parts of about equal length, without the padding that
@@ -169,9 +174,7 @@ class Segmenter(nn.Module):
         """
         from transformers import DynamicCache
 
-        image = self.image_tokens(features) if image is None else image
         places = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
-        embeds = self.embed(batch.input_ids, image, batch.image_of_row, batch.asked)
         if self.training and self.params.language.checkpointing:
             whole = self.causal.base_model(
                 inputs_embeds=embeds,
@@ -183,7 +186,7 @@ class Segmenter(nn.Module):
         n, images = len(self.encoder.prefix_ids), len(image)
         everywhere = torch.arange(images, device=places.device)
         prefix = self.causal.base_model(
-            inputs_embeds=self.embed(batch.input_ids[:1, :n].expand(images, n), image, everywhere),
+            inputs_embeds=self.embed(batch.input_ids[:1, :n].expand(images, n), image, everywhere)[0],
             position_ids=places[:1, :n].expand(images, n),
             use_cache=True,
         )
@@ -228,7 +231,8 @@ class Segmenter(nn.Module):
         if features is None:
             features = self.tower(batch.images)
         image = self.image_tokens(features)
-        hidden = self.hidden(batch, features, image)
+        embeds, sought = self.embed(batch.input_ids, image, batch.image_of_row, batch.asked)
+        hidden = self._hidden(batch, image, embeds)
         embeddings, looked = self.segmentation_embeddings(hidden, batch, features)
         return Output(
             logits=self.causal.get_output_embeddings()(hidden[:, :-1][batch.answered]),
@@ -239,15 +243,8 @@ class Segmenter(nn.Module):
             looked=looked,
             inventory=None if batch.inventory is None else self.take_inventory(hidden, batch),
             centres=None if batch.dense is None or self.centres is None else self.centres(features),
-            sought=None if batch.named is None else self.seek(batch, image),
+            sought=sought,
         )
-
-    def seek(self, batch: Batch, image: Tensor) -> Tensor | None:
-        """Where the words that `batch.named` names look at `image_tokens`: logits (words, P + 1)."""
-        assert batch.named is not None
-        rows, places = (batch.named != IGNORED).nonzero(as_tuple=True)
-        words = self.language.get_input_embeddings()(batch.input_ids[rows, places])
-        return None if self.look is None else self.look.where(words, image[batch.image_of_row[rows]])
 
     def take_inventory(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Hidden states (R, T, D) -> logits (R, categories, COUNTED), read where the answer begins."""

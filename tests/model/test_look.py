@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from popen.model import IGNORED
 from popen.model.batches import Row
-from popen.model.look import Look, look_loss
+from popen.model.look import NOTHING, Look, look_loss
 from popen.model.losses import sft_loss
 from popen.model.segmenter import Segmenter
 from popen.samples import Sample
@@ -19,33 +20,37 @@ from tests.conftest import WEIGHTS
 
 def test_at_first_words_stay_what_they_are() -> None:
     words, image = torch.randn(2, 5, 8), torch.randn(2, 9, 8)
-    assert torch.equal(Look(8)(words, image), words)
+    read, looked = Look(8)(words, image)
+    assert torch.equal(read, words)
+    assert looked.shape == (2, 5, 10)
 
 
-def test_what_words_read_is_the_attention_that_is_taught() -> None:
-    """One word, one head: its values weighted as `where` says, the sink's with them."""
+def test_a_word_reads_where_it_looks_and_nothing_at_the_sink() -> None:
     torch.manual_seed(0)
-    look = Look(6)  # no multiple of HEADS: one head
+    look = Look(6)
     torch.nn.init.normal_(look.out.weight)
-    torch.nn.init.normal_(look.sink)
-    words, image = torch.randn(3, 6), torch.randn(3, 4, 6)
-    weights = look.where(words, image).softmax(-1)
-    assert weights.shape == (3, 5)
-    values = torch.cat([look.kv(look.norm_image(image)), look.sink.expand(3, -1, -1)], 1)[..., 6:]
-    expected = words + look.out(torch.einsum("np,npd->nd", weights, values))
-    torch.testing.assert_close(look(words[:, None], image)[:, 0], expected)
+    words, image = torch.randn(3, 2, 6), torch.randn(3, 4, 6)
+    read, looked = look(words, image)
+    values = look.out(look.value(look.norm_image(image)))
+    torch.testing.assert_close(read - words, looked.softmax(-1)[..., :4] @ values)
+    with torch.no_grad():
+        look.query.weight.zero_()
+        look.query.bias.copy_(torch.ones(6))
+        look.sink.fill_(100.0)  # all that is asked for is there
+    assert torch.equal(look(words, image)[0], words)
 
 
 def test_look_loss_by_hand() -> None:
     dense = torch.zeros(2, 4, 4, dtype=torch.long)
     dense[0, :2, :2] = 1  # kind 0 fills the first of four cells,
     dense[0, 2, 0] = 1  # and a pixel of the third
-    logits = torch.log(torch.tensor([[0.5, 0.1, 0.2, 0.1, 0.1], [0.1, 0.1, 0.1, 0.1, 0.6]]))
-    first = -(0.8 * torch.log(torch.tensor(0.5)) + 0.2 * torch.log(torch.tensor(0.2)))
-    absent = -torch.log(torch.tensor(0.6))  # the second image shows nothing of kind 1
-    loss = look_loss(logits, torch.tensor([0, 1]), dense)
-    assert float(loss) == pytest.approx(float(first + absent) / 2)
-    assert float(look_loss(logits[:0], torch.tensor([], dtype=torch.long), dense[:0])) == 0.0
+    p = [[[0.5, 0.1, 0.2, 0.1, 0.1], [0.1, 0.2, 0.2, 0.2, 0.3]], [[0.1, 0.1, 0.1, 0.1, 0.6], [0.2] * 5]]
+    kinds = torch.tensor([[0, NOTHING], [1, IGNORED]])  # the second image shows nothing of kind 1
+    named = -(0.8 * math.log(0.5) + 0.2 * math.log(0.2)) - math.log(0.6)
+    loss = look_loss(torch.log(torch.tensor(p)), kinds, dense)
+    assert float(loss) == pytest.approx(named / 2 - math.log(0.3))
+    unknown = torch.full_like(kinds, IGNORED)
+    assert float(look_loss(torch.log(torch.tensor(p)), unknown, dense)) == 0.0
 
 
 def test_names_in_a_question_are_found(mini_model: Segmenter, picture: Image.Image, sample: Sample) -> None:
@@ -56,13 +61,14 @@ def test_names_in_a_question_are_found(mini_model: Segmenter, picture: Image.Ima
     read = {
         mini_model.tokenizer.decode([t]).strip(): k
         for t, k in zip(tokens, kinds, strict=True)
-        if k != IGNORED
+        if k != NOTHING
     }
     assert read == {"cup": 0}  # "fork" is two tokens of this small vocabulary
     row = Row(0, question, "It is the cup {seg} and the fork {seg}.")
     batch = mini_model.encoder.batch([picture], [row], [sample])
     assert batch.named is not None
-    rows, places = (batch.named != IGNORED).nonzero(as_tuple=True)
+    rows, places = (batch.named >= 0).nonzero(as_tuple=True)
+    assert (batch.named == NOTHING).sum() == len(tokens) - 1
     assert mini_model.tokenizer.decode(batch.input_ids[rows[-1], places[-1]]).strip() == "cup"
     assert int(places[-1]) < int(batch.asked[0])
     elsewhere = replace(sample, benchmark="reasonseg")  # where not everything is annotated, nothing is absent
@@ -80,7 +86,7 @@ def test_only_the_question_looks(mini_model: Segmenter, picture: Image.Image) ->
     batch = mini_model.encoder.batch([picture], [Row(0, "What could I use?", "It is the cup {seg}.")])
     plain = mini_model.language.get_input_embeddings()(batch.input_ids)
     image = mini_model.image_tokens(mini_model.tower(batch.images))
-    embeds = mini_model.embed(batch.input_ids, image, batch.image_of_row, batch.asked)
+    embeds, _ = mini_model.embed(batch.input_ids, image, batch.image_of_row, batch.asked)
     moved = (embeds != plain).any(-1)[0]
     n, last = len(mini_model.encoder.prefix_ids), int(batch.asked[0])
     assert moved[n : last + 1].all()

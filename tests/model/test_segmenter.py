@@ -52,10 +52,11 @@ def test_a_shared_prefix_equals_whole_rows(
     three = [rows(sample)[0], dataclasses.replace(rows(sample)[1], image=1), rows(sample)[1]]
     batch = mini_model.encoder.batch([picture, other], three)
     features = mini_model.tower(batch.images)
+    embeds, _ = mini_model.embed(
+        batch.input_ids, mini_model.image_tokens(features), batch.image_of_row, batch.asked
+    )
     whole = mini_model.causal.model(
-        inputs_embeds=mini_model.embed(
-            batch.input_ids, mini_model.image_tokens(features), batch.image_of_row, batch.asked
-        ),
+        inputs_embeds=embeds,
         attention_mask=batch.attention_mask,
         position_ids=(batch.attention_mask.cumsum(1) - 1).clamp(min=0),
     ).last_hidden_state
