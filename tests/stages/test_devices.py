@@ -116,7 +116,12 @@ def test_two_devices_leave_what_one_leaves(
     ]
     for first, second in zip(runs(one), runs(two), strict=True):
         assert (first.data.tags["stage"], first.info.status) == (second.data.tags["stage"], "FINISHED")
-        assert second.data.metrics == pytest.approx(first.data.metrics, rel=1e-4, abs=1e-4)
+        # a pair whose margin is rounding alone counts as won or as lost, and a step has nine pairs
+        close = {
+            name: pytest.approx(value, rel=1e-4, abs=0.12 if name.endswith("accuracies") else 1e-4)
+            for name, value in first.data.metrics.items()
+        }
+        assert second.data.metrics == close
 
 
 def test_what_is_no_number_of_devices_is_refused(tmp_path: Path) -> None:

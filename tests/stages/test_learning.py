@@ -173,4 +173,4 @@ def test_validation_is_of_what_the_model_knows(
     known, unknown = figures
     assert set(known) == {"val/ce_teacher_forced", "val/iou_teacher_forced"}
     assert known["val/ce_teacher_forced"] < 1.0 < unknown["val/ce_teacher_forced"]
-    assert known["val/iou_teacher_forced"] > 0.5 > unknown["val/iou_teacher_forced"]
+    assert known["val/iou_teacher_forced"] > 0.4 > unknown["val/iou_teacher_forced"]
