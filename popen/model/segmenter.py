@@ -20,7 +20,7 @@ from popen.model.dense import dense_head
 from popen.model.language import IMAGE, build_language, load_tokenizer
 from popen.model.look import Look
 from popen.model.published import check_llava, read_config
-from popen.model.tally import FACTS, Centres, counts, facts
+from popen.model.tally import FACTS, Centres, census, facts
 from popen.model.vision import Tower
 from popen.params import ModelParams
 
@@ -128,14 +128,14 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def facts(self, features: list[Tensor]) -> Tensor:
-        """How many of what a token shows there are (B, P, FACTS): `popen.model.tally.facts`, in float32."""
+        """What tokens are told of the kinds that they show (B, P, FACTS), see `popen.model.tally`."""
         assert self.centres is not None
         with torch.autocast(features[0].device.type, enabled=False):
             features = [level.float() for level in features]
             shows = self.dense(self.neck(features)[-1]).softmax(1)[:, 1:]
             grid = features[0].shape[-1] // self.params.vision.shuffle
             shares = F.adaptive_avg_pool2d(shows, grid).flatten(2)
-            return facts(counts(self.centres(features)), shares)
+            return facts(census(self.centres(features)), shares)
 
     def embed(
         self, input_ids: Tensor, image: Tensor, image_of_row: Tensor, asked: Tensor | None = None

@@ -1,9 +1,10 @@
-"""How many things of a kind there are, told to the image's tokens (ours, for language models from scratch).
+"""How many things of a kind there are and how they lie, told to the image's tokens (ours, for language models
+from scratch).
 
 A language model reads an image by attention, which takes means, and a mean does not count: three cups look
 like one. A small language model does not learn around that; docs/results.md has the measurement. So a head on
-the tower finds the centre of each thing, the centres of each kind are counted, and every token is told how
-many there are of what it shows: what all tokens of a kind say, a mean over them says too.
+the tower finds the centre of each thing, the centres of each kind are counted and measured, and every token
+is told what was found of the kind that it shows: what all tokens of a kind say, a mean over them says too.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from popen.masks import decode
 from popen.model import IGNORED
 from popen.samples import Sample
 
-COUNTED = (2, 3, 4)  # a token is told whether there are at least so many
-FACTS = len(COUNTED) + 1  # and how much of a thing it shows at all
+COUNTED = (2, 3, 4)  # a token is told whether there are at least so many of its kind
+MOST = 5  # of a kind whose places are looked at
+FACTS = len(COUNTED) + 4  # and how they lie (3), and how much of any thing it shows
 INNER = 128
 LOUD = 3.0  # a token's own features are about as large
 SURE = 0.35  # a peak of the map is a thing from about this probability
@@ -76,19 +78,55 @@ def centre_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return loss / count.clamp(min=1) * share(count)
 
 
+def peaks(probability: Tensor) -> Tensor:
+    """Map of centres (B, categories, h, w) -> at each peak how surely it is a thing, elsewhere 0."""
+    highest = probability == F.max_pool2d(probability, 3, stride=1, padding=1)
+    return ((probability - SURE) * 14).sigmoid() * (highest & (probability > SURE / 2))
+
+
 def counts(logits: Tensor) -> Tensor:
-    """Map of centres (B, categories, h, w) -> how many of each kind (B, categories): peaks, each by how sure
-    it is."""
+    """Map of centres (B, categories, h, w) -> how many of each kind (B, categories)."""
+    return peaks(logits.float().sigmoid()).sum((2, 3))
+
+
+def census(logits: Tensor) -> Tensor:
+    """Map of centres (B, categories, h, w) -> what there is to tell of each kind (B, categories, FACTS - 1).
+
+    Whether there are at least two, three, four; how far they reach from left to right (in quarters of the
+    image) and from top to bottom; and the smallest step from one to the next on its right (in eighths). All
+    between 0 and about 1.
+    """
     probability = logits.float().sigmoid()
-    peaks = probability == F.max_pool2d(probability, 3, stride=1, padding=1)
-    return (((probability - SURE) * 14).sigmoid() * peaks * (probability > SURE / 2)).sum((2, 3))
+    sure = peaks(probability)
+    at_least = [((sure.sum((2, 3)) - number + 0.5) * 8).sigmoid() for number in COUNTED]
+    sizes, places = sure.flatten(2).topk(MOST)
+    real = sizes > 0.5
+    # a centre lies between the cells' own: at the mean of the map around it
+    mass = F.avg_pool2d(probability, 3, stride=1, padding=1) + 1e-6
+    x, y = (
+        (F.avg_pool2d(probability * at, 3, stride=1, padding=1) / mass).flatten(2).gather(2, places)
+        for at in _axes(probability)
+    )
+    reach = [
+        (t.masked_fill(~real, -9).amax(2) - t.masked_fill(~real, 9).amin(2)).clamp(min=0) for t in (x, y)
+    ]
+    in_order = x.masked_fill(~real, 9).sort(2).values  # those that are not real come last
+    steps = in_order.diff(dim=2).masked_fill(in_order[..., 1:] > 2, 9).amin(2)
+    step = steps.masked_fill(steps > 2, 0)
+    lie = [(t * scale).clamp(max=1.5) for t, scale in zip([*reach, step], (4, 4, 8), strict=True)]
+    return torch.stack([*at_least, *lie], dim=-1)
 
 
-def facts(found: Tensor, shows: Tensor) -> Tensor:
-    """How many of each kind there are (B, categories), and the share of each kind in what a token shows
+def _axes(of: Tensor) -> tuple[Tensor, Tensor]:
+    """x (1, w) and y (h, 1) of the cells, in parts of the image."""
+    y, x = ((torch.arange(n, device=of.device) + 0.5) / n for n in of.shape[-2:])
+    return x[None], y[:, None]
+
+
+def facts(known: Tensor, shows: Tensor) -> Tensor:
+    """What is known of each kind (B, categories, FACTS - 1), and the share of each kind in what a token shows
     (B, categories, P) -> what the tokens are told (B, P, FACTS)."""
-    at_least = torch.stack([((found - number + 0.5) * 8).sigmoid() for number in COUNTED], dim=-1)
-    told = torch.einsum("bkp,bkf->bpf", shows, at_least)
+    told = torch.einsum("bkp,bkf->bpf", shows, known)
     return LOUD * torch.cat([told, shows.sum(1).unsqueeze(-1)], dim=-1)
 
 

@@ -12,6 +12,7 @@ from popen.model.segmenter import Segmenter
 from popen.model.tally import (
     LOUD,
     Centres,
+    census,
     centre_labels,
     centre_loss,
     count_accuracy,
@@ -64,14 +65,33 @@ def test_peaks_are_counted_kind_by_kind() -> None:
     assert float(counts(unsure)[0, 0]) == pytest.approx(0.5)
 
 
-def test_a_token_is_told_how_many_there_are_of_what_it_shows() -> None:
+def test_how_things_lie() -> None:
+    """Of 8 x 8 cells, an eighth of the image each."""
+    three = census(a_map((0, 1, 1), (0, 1, 3), (0, 4, 6), (1, 3, 3)))[0]
+    torch.testing.assert_close(three[0], torch.tensor([1, 1, 0, 1.5, 1.5, 1.5]), atol=0.03, rtol=0)  # clamped
+    torch.testing.assert_close(three[1], torch.zeros(6), atol=0.03, rtol=0)  # a single one reaches nowhere
+    two = census(a_map((0, 2, 2), (0, 5, 3), (1, 2, 6), (1, 3, 4)))[0]
+    torch.testing.assert_close(two[0], torch.tensor([1, 0, 0, 0.5, 1.5, 1.0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(two[1, 3:], torch.tensor([1.0, 0.5, 1.5]), atol=0.03, rtol=0)
+    assert float(census(a_map()).abs().max()) < 0.03
+
+
+def test_a_centre_between_two_cells_lies_there() -> None:
+    between = a_map((0, 2, 1), (0, 2, 3))
+    between[0, 0, 2, 4] = between[0, 0, 2, 3] - 1e-3  # as high as its neighbour, but for the tie
+    assert float(census(between)[0, 0, 3]) == pytest.approx(4 * 2.5 / 8, abs=0.03)
+
+
+def test_a_token_is_told_of_the_kinds_that_it_shows() -> None:
     shows = torch.zeros(1, 2, 4)
-    shows[0, 0, 0] = 1.0  # the first token shows a cup, the second half of one,
-    shows[0, 0, 1] = 0.5
+    shows[0, 0, 0] = 1.0  # the first token shows a cup, the second half of one and half of a fork,
+    shows[0, :, 1] = 0.5
     shows[0, 1, 2] = 1.0  # the third a fork, the fourth nothing
-    told = facts(torch.tensor([[3.0, 1.0]]), shows)[0] / LOUD
-    expected = torch.tensor([[1, 1, 0, 1], [0.5, 0.5, 0, 0.5], [0, 0, 0, 1], [0, 0, 0, 0]])
-    torch.testing.assert_close(told, expected, atol=0.02, rtol=0)
+    known = torch.tensor([[[1, 1, 0, 0.5, 0.2, 0.1], [0, 0, 0, 0, 0, 0]]])
+    told = facts(known, shows)[0] / LOUD
+    half = [0.5, 0.5, 0, 0.25, 0.1, 0.05, 1]
+    expected = torch.tensor([[1, 1, 0, 0.5, 0.2, 0.1, 1], half, [0] * 6 + [1], [0] * 7])
+    torch.testing.assert_close(told, expected)
 
 
 def test_centre_loss_by_hand() -> None:
