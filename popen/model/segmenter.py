@@ -20,7 +20,7 @@ from popen.model.dense import dense_head
 from popen.model.language import IMAGE, build_language, load_tokenizer
 from popen.model.look import Look
 from popen.model.published import check_llava, read_config
-from popen.model.tally import FACTS, Census, Centres, facts
+from popen.model.tally import FACTS, Centres, census, facts
 from popen.model.vision import Tower
 from popen.params import ModelParams
 
@@ -135,7 +135,7 @@ class Segmenter(nn.Module):
             shows = self.dense(self.neck(features)[-1]).softmax(1)[:, 1:]
             grid = features[0].shape[-1] // self.params.vision.shuffle
             shares = F.adaptive_avg_pool2d(shows, grid).flatten(2)
-            return facts(Census.of(self.centres(features)), shares)
+            return facts(census(self.centres(features)), shares)
 
     def embed(
         self, input_ids: Tensor, image: Tensor, image_of_row: Tensor, asked: Tensor | None = None

@@ -1,5 +1,5 @@
-"""How many things of a kind there are, how they lie and which of them is seen, told to the image's tokens
-(ours, for language models from scratch).
+"""How many things of a kind there are and how they lie, told to the image's tokens (ours, for language models
+from scratch).
 
 A language model reads an image by attention, which takes means, and a mean does not count: three cups look
 like one. A small language model does not learn around that; docs/results.md has the measurement. So a head on
@@ -10,7 +10,6 @@ is told what was found of the kind that it shows: what all tokens of a kind say,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,13 +23,11 @@ from popen.model import IGNORED
 from popen.samples import Sample
 
 COUNTED = (2, 3, 4)  # a token is told whether there are at least so many of its kind
-BEFORE = (1, 2, 3)  # and whether so many of its kind lie to the left of the thing that it shows
 MOST = 5  # of a kind whose places are looked at
-FACTS = len(COUNTED) + 3 + len(BEFORE) + 1 + 1
+FACTS = len(COUNTED) + 4  # and how they lie (3), and how much of any thing it shows
 INNER = 128
 LOUD = 3.0  # a token's own features are about as large
 SURE = 0.35  # a peak of the map is a thing from about this probability
-NEAR = 60.0  # a token shows the nearest thing of its kind, at a distance d by exp(-NEAR d^2)
 
 
 def centre_labels(sample: Sample, categories: Sequence[str], grid: int) -> NDArray[np.int64]:
@@ -92,80 +89,45 @@ def counts(logits: Tensor) -> Tensor:
     return peaks(logits.float().sigmoid()).sum((2, 3))
 
 
-@dataclass(frozen=True)
-class Census:
-    """What was found of each kind; its surest MOST things first, coordinates in parts of the image."""
+def census(logits: Tensor) -> Tensor:
+    """Map of centres (B, categories, h, w) -> what there is to tell of each kind (B, categories, FACTS - 1).
 
-    at_least: Tensor  # (B, categories, len(COUNTED)) about 0 or 1
-    x: Tensor  # (B, categories, MOST)
-    y: Tensor  # (B, categories, MOST)
-    real: Tensor  # (B, categories, MOST) bool: there are so many
-
-    @classmethod
-    def of(cls, logits: Tensor) -> Census:
-        """Count and measure a map of centres (B, categories, h, w)."""
-        probability = logits.float().sigmoid()
-        sure = peaks(probability)
-        at_least = [((sure.sum((2, 3)) - number + 0.5) * 8).sigmoid() for number in COUNTED]
-        sizes, places = sure.flatten(2).topk(MOST)
-        # a centre lies between the cells' own: at the mean of the map around it
-        mass = F.avg_pool2d(probability, 3, stride=1, padding=1) + 1e-6
-        x, y = (
-            (F.avg_pool2d(probability * at, 3, stride=1, padding=1) / mass).flatten(2).gather(2, places)
-            for at in axes(probability.shape[-2], probability.shape[-1], probability.device)
-        )
-        return cls(torch.stack(at_least, dim=-1), x, y, sizes > 0.5)
-
-    def lie(self) -> Tensor:
-        """How the things of a kind lie (B, categories, 3), all between 0 and 1.5: how far they reach from
-        left to right and from top to bottom, in quarters of the image, and the smallest step from one to the
-        next on its right, in eighths."""
-        reach = [
-            (t.masked_fill(~self.real, -9).amax(2) - t.masked_fill(~self.real, 9).amin(2)).clamp(min=0)
-            for t in (self.x, self.y)
-        ]
-        in_order = self.x.masked_fill(~self.real, 9).sort(2).values  # those that are not real come last
-        steps = in_order.diff(dim=2).masked_fill(in_order[..., 1:] > 2, 9).amin(2)
-        step = steps.masked_fill(steps > 2, 0)
-        parts = zip([*reach, step], (4, 4, 8), strict=True)
-        return torch.stack([(t * scale).clamp(max=1.5) for t, scale in parts], dim=-1)
-
-    def which(self) -> Tensor:
-        """Of each thing (B, categories, MOST, 4) 0 or 1: at least one, two, three of its kind lie to its
-        left, and one above it."""
-        left, above = (
-            ((t[..., None, :] < t[..., :, None]) & self.real[..., None, :]).sum(-1) for t in (self.x, self.y)
-        )
-        told = torch.stack([*(left >= number for number in BEFORE), above >= 1], dim=-1)
-        return (told & self.real[..., None]).float()
-
-    def near(self, grid: int) -> Tensor:
-        """Which thing of a kind a token shows, if it shows one of that kind: shares (B, categories, P, MOST),
-        P = grid x grid."""
-        x, y = (at.expand(grid, grid).flatten() for at in axes(grid, grid, self.x.device))
-        far = (self.x[..., None, :] - x[:, None]).square() + (self.y[..., None, :] - y[:, None]).square()
-        shares = (-NEAR * far).masked_fill(~self.real[..., None, :], -1e4).softmax(-1)
-        return shares * self.real.any(-1)[..., None, None]
+    Whether there are at least two, three, four; how far they reach from left to right (in quarters of the
+    image) and from top to bottom; and the smallest step from one to the next on its right (in eighths). All
+    between 0 and about 1.
+    """
+    probability = logits.float().sigmoid()
+    sure = peaks(probability)
+    at_least = [((sure.sum((2, 3)) - number + 0.5) * 8).sigmoid() for number in COUNTED]
+    sizes, places = sure.flatten(2).topk(MOST)
+    real = sizes > 0.5
+    # a centre lies between the cells' own: at the mean of the map around it
+    mass = F.avg_pool2d(probability, 3, stride=1, padding=1) + 1e-6
+    x, y = (
+        (F.avg_pool2d(probability * at, 3, stride=1, padding=1) / mass).flatten(2).gather(2, places)
+        for at in _axes(probability)
+    )
+    reach = [
+        (t.masked_fill(~real, -9).amax(2) - t.masked_fill(~real, 9).amin(2)).clamp(min=0) for t in (x, y)
+    ]
+    in_order = x.masked_fill(~real, 9).sort(2).values  # those that are not real come last
+    steps = in_order.diff(dim=2).masked_fill(in_order[..., 1:] > 2, 9).amin(2)
+    step = steps.masked_fill(steps > 2, 0)
+    lie = [(t * scale).clamp(max=1.5) for t, scale in zip([*reach, step], (4, 4, 8), strict=True)]
+    return torch.stack([*at_least, *lie], dim=-1)
 
 
-def axes(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """x (1, width) and y (height, 1) of an image's cells, in parts of the image."""
-    x, y = ((torch.arange(n, device=device) + 0.5) / n for n in (width, height))
+def _axes(of: Tensor) -> tuple[Tensor, Tensor]:
+    """x (1, w) and y (h, 1) of the cells, in parts of the image."""
+    y, x = ((torch.arange(n, device=of.device) + 0.5) / n for n in of.shape[-2:])
     return x[None], y[:, None]
 
 
-def facts(found: Census, shows: Tensor) -> Tensor:
-    """The share of each kind in what a token shows (B, categories, P), P = grid x grid -> what the tokens are
-    told (B, P, FACTS): how many of the kind there are, how they lie, which of them it is, and how much of any
-    thing the token shows."""
-    known = torch.cat([found.at_least, found.lie()], dim=-1)
-    near = found.near(round(shows.shape[-1] ** 0.5))
-    told = [
-        torch.einsum("bkp,bkf->bpf", shows, known),
-        torch.einsum("bkp,bkpm,bkmf->bpf", shows, near, found.which()),
-        shows.sum(1).unsqueeze(-1),
-    ]
-    return LOUD * torch.cat(told, dim=-1)
+def facts(known: Tensor, shows: Tensor) -> Tensor:
+    """What is known of each kind (B, categories, FACTS - 1), and the share of each kind in what a token shows
+    (B, categories, P) -> what the tokens are told (B, P, FACTS)."""
+    told = torch.einsum("bkp,bkf->bpf", shows, known)
+    return LOUD * torch.cat([told, shows.sum(1).unsqueeze(-1)], dim=-1)
 
 
 @torch.no_grad()

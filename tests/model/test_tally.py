@@ -11,8 +11,8 @@ from popen.model import IGNORED
 from popen.model.segmenter import Segmenter
 from popen.model.tally import (
     LOUD,
-    Census,
     Centres,
+    census,
     centre_labels,
     centre_loss,
     count_accuracy,
@@ -67,46 +67,19 @@ def test_peaks_are_counted_kind_by_kind() -> None:
 
 def test_how_things_lie() -> None:
     """Of 8 x 8 cells, an eighth of the image each."""
-    three = Census.of(a_map((0, 1, 1), (0, 1, 3), (0, 4, 6), (1, 3, 3)))
-    expected = torch.tensor([[1.0, 1, 0], [0, 0, 0]])
-    torch.testing.assert_close(three.at_least[0], expected, atol=0.03, rtol=0)
-    expected = torch.tensor([[1.5, 1.5, 1.5], [0, 0, 0]])  # clamped; a single one reaches nowhere
-    torch.testing.assert_close(three.lie()[0], expected, atol=0.03, rtol=0)
-    two = Census.of(a_map((0, 2, 2), (0, 5, 3), (1, 2, 6), (1, 3, 4)))
-    expected = torch.tensor([[0.5, 1.5, 1.0], [1.0, 0.5, 1.5]])
-    torch.testing.assert_close(two.lie()[0], expected, atol=0.03, rtol=0)
-    nothing = Census.of(a_map())
-    assert not nothing.real.any()
-    assert float(nothing.lie().abs().max()) == 0.0
+    three = census(a_map((0, 1, 1), (0, 1, 3), (0, 4, 6), (1, 3, 3)))[0]
+    torch.testing.assert_close(three[0], torch.tensor([1, 1, 0, 1.5, 1.5, 1.5]), atol=0.03, rtol=0)  # clamped
+    torch.testing.assert_close(three[1], torch.zeros(6), atol=0.03, rtol=0)  # a single one reaches nowhere
+    two = census(a_map((0, 2, 2), (0, 5, 3), (1, 2, 6), (1, 3, 4)))[0]
+    torch.testing.assert_close(two[0], torch.tensor([1, 0, 0, 0.5, 1.5, 1.0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(two[1, 3:], torch.tensor([1.0, 0.5, 1.5]), atol=0.03, rtol=0)
+    assert float(census(a_map()).abs().max()) < 0.03
 
 
 def test_a_centre_between_two_cells_lies_there() -> None:
     between = a_map((0, 2, 1), (0, 2, 3))
     between[0, 0, 2, 4] = between[0, 0, 2, 3] - 1e-3  # as high as its neighbour, but for the tie
-    assert float(Census.of(between).lie()[0, 0, 0]) == pytest.approx(4 * 2.5 / 8, abs=0.03)
-
-
-def test_which_of_its_kind_a_thing_is() -> None:
-    found = Census.of(a_map((0, 6, 1), (0, 1, 4), (0, 4, 6), (1, 0, 0)))
-    things = zip(found.x[0, 0].tolist(), found.which()[0, 0].tolist(), strict=True)
-    which = {(int(8 * x), tuple(told)) for x, told in things}
-    leftmost, middle, rightmost = (1, (0, 0, 0, 1)), (4, (1, 0, 0, 0)), (6, (1, 1, 0, 1))
-    assert {leftmost, middle, rightmost} <= which
-    assert which - {leftmost, middle, rightmost} <= {
-        (n, (0, 0, 0, 0)) for n in range(9)
-    }  # those that are not
-    assert found.which()[0, 1].sum() == 0  # a single one is the first from everywhere
-
-
-def test_a_token_shows_the_nearest_thing_of_its_kind() -> None:
-    found = Census.of(a_map((0, 1, 1), (0, 1, 6)))
-    near = found.near(4)[0]
-    assert near.shape == (2, 16, 5)
-    left = int(found.x[0, 0, :2].argmin())
-    assert float(near[0, 0, left]) > 0.99  # the token in the corner
-    assert float(near[0, 3, 1 - left]) > 0.99  # the one at the end of its row
-    torch.testing.assert_close(near[0].sum(-1), torch.ones(16))
-    assert float(near[1].sum()) == 0.0  # there is none of that kind
+    assert float(census(between)[0, 0, 3]) == pytest.approx(4 * 2.5 / 8, abs=0.03)
 
 
 def test_a_token_is_told_of_the_kinds_that_it_shows() -> None:
@@ -114,14 +87,11 @@ def test_a_token_is_told_of_the_kinds_that_it_shows() -> None:
     shows[0, 0, 0] = 1.0  # the first token shows a cup, the second half of one and half of a fork,
     shows[0, :, 1] = 0.5
     shows[0, 1, 2] = 1.0  # the third a fork, the fourth nothing
-    found = Census.of(a_map((0, 1, 1), (0, 2, 6), (1, 6, 1)))
-    told = facts(found, shows)[0] / LOUD
-    cup = torch.tensor([1, 0, 0, 1.5, 0.5, 1.5])
-    torch.testing.assert_close(told[0], torch.cat([cup, torch.tensor([0, 0, 0, 0, 1.0])]), atol=0.03, rtol=0)
-    second = torch.cat([cup, torch.tensor([1.0, 0, 0, 1])]) / 2  # the cup on the right, and lower
-    torch.testing.assert_close(told[1, :10], second, atol=0.03, rtol=0)
-    torch.testing.assert_close(told[2], torch.tensor([0.0] * 10 + [1]), atol=0.03, rtol=0)
-    torch.testing.assert_close(told[:, 10], torch.tensor([1.0, 1, 1, 0]))
+    known = torch.tensor([[[1, 1, 0, 0.5, 0.2, 0.1], [0, 0, 0, 0, 0, 0]]])
+    told = facts(known, shows)[0] / LOUD
+    half = [0.5, 0.5, 0, 0.25, 0.1, 0.05, 1]
+    expected = torch.tensor([[1, 1, 0, 0.5, 0.2, 0.1, 1], half, [0] * 6 + [1], [0] * 7])
+    torch.testing.assert_close(told, expected)
 
 
 def test_centre_loss_by_hand() -> None:
