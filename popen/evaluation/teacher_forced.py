@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from popen.data.images import open_image
 from popen.evaluation.answering import resize_logits
@@ -17,36 +17,44 @@ from popen.model.batches import Row
 from popen.model.segmenter import Segmenter
 from popen.samples import Sample
 
+Overlap = tuple[int, int]  # of a target's masks: pixels of the intersection, and of the union
 
-def teacher_forced(
-    model: Segmenter, root: Path, samples: Sequence[Sample], batch: int, max_pixels: int, name: str
-) -> Figures:
-    """gIoU and cIoU over the true targets of `samples`; None where there is no target.
+
+def overlaps(model: Segmenter, root: Path, samples: Sequence[Sample], max_pixels: int) -> list[Overlap]:
+    """The true targets of a batch of questions against the masks that the model makes for them.
 
     The i-th mask (logit > 0, where the peers cut, at the image's size) is held against the i-th target;
-    pixels of the ignore region are left out. gIoU: mean over targets, 1 where both masks are empty; cIoU:
-    sum of intersections over sum of unions. A question without targets counts nothing.
+    pixels of the ignore region are left out. A question without targets has nothing.
     """
     asked = [sample for sample in samples if sample.targets]
-    if not asked:
-        return dict.fromkeys(TEACHER_FORCED)
-    shared, joint = list[Tensor](), list[Tensor]()
-    with tqdm(total=len(asked), desc=f"{name} teacher-forced", unit="question", mininterval=2.0) as bar:
-        for start in range(0, len(asked), batch):
-            part = asked[start : start + batch]
-            for sample, logits in zip(part, _logits(model, root, part, max_pixels), strict=True):
-                predicted = resize_logits(logits, sample.height, sample.width).cpu() > 0
-                true = torch.stack([torch.from_numpy(decode(target.rle)) for target in sample.targets])
-                if sample.ignore is not None:
-                    counted = ~torch.from_numpy(decode(sample.ignore))
-                    predicted, true = predicted & counted, true & counted
-                shared.append((predicted & true).flatten(1).sum(1))
-                joint.append((predicted | true).flatten(1).sum(1))
-            bar.update(len(part))
-    over, under = torch.cat(shared).double(), torch.cat(joint).double()
-    ious = torch.where(under > 0, over / under.clamp(min=1), 1.0)
-    values = (float(ious.mean()), float(over.sum() / under.sum()) if under.any() else None)
-    return dict(zip(TEACHER_FORCED, values, strict=True))
+    found = list[Overlap]()
+    for sample, logits in zip(asked, _logits(model, root, asked, max_pixels) if asked else (), strict=True):
+        predicted = resize_logits(logits, sample.height, sample.width).cpu() > 0
+        true = torch.stack([torch.from_numpy(decode(target.rle)) for target in sample.targets])
+        if sample.ignore is not None:
+            counted = ~torch.from_numpy(decode(sample.ignore))
+            predicted, true = predicted & counted, true & counted
+        both, either = (part.flatten(1).sum(1).tolist() for part in (predicted & true, predicted | true))
+        found += zip(both, either, strict=True)
+    return found
+
+
+def figures(found: Sequence[Overlap]) -> Figures:
+    """gIoU: mean over targets, 1 where both masks are empty; cIoU: sum of intersections over sum of unions.
+    None where there is nothing to divide by."""
+    ious = [both / either if either else 1.0 for both, either in found]
+    union = sum(either for _, either in found)
+    mean = sum(ious) / len(ious) if ious else None
+    whole = sum(both for both, _ in found) / union if union else None
+    return dict(zip(TEACHER_FORCED, (mean, whole), strict=True))
+
+
+def write_overlaps(path: Path, found: Sequence[Overlap]) -> None:
+    path.write_text(json.dumps(found), encoding="utf-8")
+
+
+def read_overlaps(path: Path) -> list[Overlap]:
+    return [(both, either) for both, either in json.loads(path.read_text(encoding="utf-8"))]
 
 
 @torch.no_grad()

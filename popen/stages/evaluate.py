@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from popen.stages.run import stage
@@ -17,16 +18,17 @@ def main(benchmark: str, system: str) -> None:
         from popen.evaluation.benchmark import rows, summarise
         from popen.evaluation.peers import TEACHER_FORCED, per_target
         from popen.evaluation.prediction import Prediction, read_predictions, write_predictions
-        from popen.evaluation.teacher_forced import teacher_forced
+        from popen.evaluation.teacher_forced import figures, overlaps, read_overlaps, write_overlaps
         from popen.model.segmenter import Segmenter
         from popen.parts import in_batches
         from popen.stages.learning import INDEX, MODELS, kept_parts, samples
         from popen.stages.systems import answerer, load, threshold
 
         params, asked, level = run.params, samples(benchmark), threshold(system)
+        inputs = [MODELS / system, INDEX / f"{benchmark}.jsonl"]
         parts = kept_parts(
             run,
-            [MODELS / system, INDEX / f"{benchmark}.jsonl"],
+            inputs,
             [params.evaluate.batch, params.evaluate.max_new_tokens, params.ensemble, level],
             write_predictions,
             read_predictions,
@@ -37,22 +39,33 @@ def main(benchmark: str, system: str) -> None:
         def predict(start: int) -> list[Prediction]:
             return [prediction(sample, answer, level, seconds) for sample, answer, seconds in ask(start)]
 
-        found = list(in_batches(range(0, len(asked), params.evaluate.batch), predict, run.name, parts))
+        batches = range(0, len(asked), params.evaluate.batch)
+        found = list(in_batches(batches, predict, run.name, parts))
+        forced, overlapping = dict.fromkeys(TEACHER_FORCED), None  # an ensemble chooses: no answer to feed
+        if isinstance(model, Segmenter):
+            feed = partial(overlaps, model, Path(params.data.root), max_pixels=params.data.max_pixels)
+            settings = ["teacher-forced", params.evaluate.batch]
+            overlapping = kept_parts(run, inputs, settings, write_overlaps, read_overlaps)
+            again = in_batches(
+                batches,
+                lambda start: feed(asked[start : start + params.evaluate.batch]),
+                f"{run.name} teacher-forced",
+                overlapping,
+            )
+            forced = figures(list(again))
         if not run.main:
             return
         write_predictions(Path("artifacts/evaluate") / benchmark / system / "predictions.jsonl.gz", found)
         table = rows(asked, found)
-        forced = dict.fromkeys(TEACHER_FORCED)  # an ensemble chooses among answers: it has none with one fed
-        if isinstance(model, Segmenter):
-            data, size = params.data, params.evaluate.batch
-            forced = teacher_forced(model, Path(data.root), asked, size, data.max_pixels, run.name)
         summary = summarise(table) | per_target(table) | forced
         out = Path("metrics") / benchmark / f"{system}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         run.set_tags({"benchmark": benchmark, "system": system})
         run.log_metrics({name: value for name, value in summary.items() if isinstance(value, int | float)})
-        parts.clear()
+        for kept in (parts, overlapping):
+            if kept is not None:
+                kept.clear()
 
 
 if __name__ == "__main__":

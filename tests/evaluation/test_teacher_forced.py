@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from popen.evaluation.peers import TEACHER_FORCED
-from popen.evaluation.teacher_forced import teacher_forced
+from popen.evaluation.teacher_forced import figures, overlaps, read_overlaps, write_overlaps
 from popen.masks import Mask, decode, encode
 from popen.model.batches import Row
 from popen.model.segmenter import Segmenter
@@ -21,7 +21,8 @@ from popen.samples import Sample
 def measured(
     model: Segmenter, root: Path, samples: list[Sample], batch: int = 3
 ) -> tuple[float | None, float | None]:
-    found = teacher_forced(model, root, samples, batch, 2000, "test")
+    starts = range(0, len(samples), batch)
+    found = figures([one for at in starts for one in overlaps(model, root, samples[at : at + batch], 2000)])
     assert tuple(found) == TEACHER_FORCED
     return found["teacher_forced/gIoU"], found["teacher_forced/cIoU"]
 
@@ -105,3 +106,9 @@ def test_two_empty_masks_agree(taught: Segmenter, data: tuple[Path, list[Sample]
     (mask,) = drawn(taught, root, samples[1])
     giou, ciou = measured(taught, root, [empty, _exact(samples[1], ~mask)])
     assert (giou, ciou) == (0.5, 0.0)
+
+
+def test_overlaps_are_kept(tmp_path: Path) -> None:
+    found = [(3, 4), (0, 0)]
+    write_overlaps(tmp_path / "batch", found)
+    assert read_overlaps(tmp_path / "batch") == found
