@@ -121,7 +121,9 @@ def correct(sampled: str, sample: Sample, ious: Sequence[Sequence[float]] = ()) 
     mask is the red cup's), then where they can mean no other thing ("a cup" for the only red cup), then by
     kind alone; a phrase of the right kind only is replaced by the target's name. Phrases left over
     name no target (absent, not asked for, or said twice) and are removed; targets left over are inserted at
-    the place of their order in `sample.targets`. Prefix, suffix and the style of the list stay the model's
+    the place of their order in `sample.targets`. Names of one kind tell its things apart and how many there
+    are, so they go together: unless all of a kind were right and as many as asked for, all get their names
+    and order from `sample`. Prefix, suffix and the style of the list stay the model's
     own; only "it is" becomes "they are" (and the like) where the number of things changed and the data set's
     answer says so. Where no phrase could be matched, the answer of the data set takes its place. An answer
     without phrases is right when there is no target, whatever its words.
@@ -142,18 +144,18 @@ def correct(sampled: str, sample: Sample, ious: Sequence[Sequence[float]] = ()) 
         return Correction(sample.answer, sample.targets, changed=sample.answer != sampled)
 
     mentions = list(kept)
-    for index, target in enumerate(sample.targets):
+    for index in range(len(sample.targets)):
         if all(index != other for other, _ in kept):
             place = next((i for i, (other, _) in enumerate(mentions) if other > index), len(mentions))
-            mentions.insert(place, (index, target.name))
-    phrases = [phrase for _, phrase in mentions]
+            mentions.insert(place, (index, None))
+    order, phrases = _together(mentions, answer.phrases, sample)
     if _opens(answer):
         phrases = [_upper(phrases[0]), *(_lower(phrase) for phrase in phrases[1:])]
     prefix = answer.prefix
     if (len(phrases) == 1) != (len(answer.phrases) == 1):
         prefix = _agreeing(prefix, parse(sample.answer).prefix)
     corrected = Answer(prefix, tuple(phrases), _joints(answer, len(phrases)), answer.suffix).render()
-    return Correction(corrected, tuple(sample.targets[index] for index, _ in mentions), corrected != sampled)
+    return Correction(corrected, tuple(sample.targets[index] for index in order), corrected != sampled)
 
 
 def changed_spans(chosen: Sequence[int], rejected: Sequence[int]) -> tuple[list[bool], list[bool]]:
@@ -199,11 +201,36 @@ def _noun_phrase(text: str, names: Sequence[str]) -> tuple[int, int]:
     return matches[start].start(), end
 
 
-def _match(phrases: Sequence[str], sample: Sample, ious: Sequence[Sequence[float]]) -> list[tuple[int, str]]:
-    """(index of the target, right phrase) of each phrase that names a target, in the phrases' order."""
+def _kinds(phrases: Sequence[str], sample: Sample) -> list[str | None]:
+    """The kind that each phrase names, of those in the image."""
     things = (*sample.targets, *sample.objects)
     categories = sorted({thing.category for thing in things if thing.category})
-    kinds = [category(phrase, categories) for phrase in phrases]
+    return [category(phrase, categories) for phrase in phrases]
+
+
+def _together(
+    mentions: Sequence[tuple[int, str | None]], said: Sequence[str], sample: Sample
+) -> tuple[list[int], list[str]]:
+    """The targets' order and phrases, those of a kind as said or as the data set has them, all of them."""
+    kinds = _kinds(said, sample)
+    order = [index for index, _ in mentions]
+    phrases = [sample.targets[index].name if phrase is None else phrase for index, phrase in mentions]
+    for kind in {sample.targets[index].category for index in order} - {""}:
+        places = [i for i, index in enumerate(order) if sample.targets[index].category == kind]
+        right = all(mentions[i][1] is not None for i in places)
+        if not right or kinds.count(kind) != len(places):
+            for i, index in zip(places, sorted(order[i] for i in places), strict=True):
+                order[i], phrases[i] = index, sample.targets[index].name
+    return order, phrases
+
+
+def _match(
+    phrases: Sequence[str], sample: Sample, ious: Sequence[Sequence[float]]
+) -> list[tuple[int, str | None]]:
+    """(index of the target, the phrase or None where its kind alone is right) of each phrase that names a
+    target, in the phrases' order."""
+    things = (*sample.targets, *sample.objects)
+    kinds = _kinds(phrases, sample)
 
     def same_name(p: int, t: int) -> bool:
         return _words(phrases[p]) == _words(sample.targets[t].name)
@@ -222,14 +249,14 @@ def _match(phrases: Sequence[str], sample: Sample, ious: Sequence[Sequence[float
     def same_kind(p: int, t: int) -> bool:
         return kinds[p] == sample.targets[t].category
 
-    found: dict[int, tuple[int, str]] = {}
+    found: dict[int, tuple[int, str | None]] = {}
     free = list(range(len(sample.targets)))
     # surest first, or a wrong phrase takes another's target
     for rule in (same_name, same_mask, means, same_kind):
         for p, phrase in enumerate(phrases):
             index = next((i for i in free if p not in found and rule(p, i)), None)
             if index is not None:
-                found[p] = index, sample.targets[index].name if rule is same_kind else phrase
+                found[p] = index, None if rule is same_kind else phrase
                 free.remove(index)
     return [found[p] for p in sorted(found)]
 

@@ -161,9 +161,13 @@ def test_category_of_a_phrase(phrase: str, expected: str | None) -> None:
         ("You could eat the left apple {seg}; the fork {seg} helps.", (RIGHT, FORK),
          "You could eat the right apple {seg}; the fork {seg} helps.", (RIGHT, FORK)),
         ("I see the apple {seg}.", (RIGHT,), "I see the right apple {seg}.", (RIGHT,)),
-        # the right one is said later: the first is the other
+        # one of two is called wrong: both get their names, in the data set's order
         ("The left apple {seg} and the green apple {seg}.", (RIGHT, LEFT),
-         "The left apple {seg} and the right apple {seg}.", (LEFT, RIGHT)),
+         "The right apple {seg} and the left apple {seg}.", (RIGHT, LEFT)),
+        ("The green apple {seg}, the fork {seg} and the left apple {seg}.", (LEFT, RIGHT, FORK),
+         "The left apple {seg}, the fork {seg} and the right apple {seg}.", (LEFT, FORK, RIGHT)),
+        # both are right, in another order than the data set's
+        ("The right apple {seg} and the left apple {seg}.", (LEFT, RIGHT), None, (RIGHT, LEFT)),
         # said twice
         ("The fork {seg}, the fork {seg} and the knife {seg}.", (FORK, KNIFE),
          "The fork {seg} and the knife {seg}.", None),
@@ -266,6 +270,24 @@ def test_a_phrase_of_the_right_kind_is_right_where_its_mask_is() -> None:
     both = ask(left, right, objects=(left, right))
     swapped = correct("Take the small cup {seg} and the big cup {seg}.", both, [[0.0, 0.8], [0.8, 0.0]])
     assert (swapped.changed, swapped.targets) == (False, (right, left))
+
+
+def test_names_of_a_kind_go_together() -> None:
+    """What a right mask keeps alone would name two forks "the bottom fork" and "the right fork"."""
+    top, bottom = thing("the top cup", "cup", 1), thing("the bottom cup", "cup", 9)
+    both = ask(top, bottom, objects=(top, bottom))
+    said = "Take the left cup {seg} and the right cup {seg}."
+    assert not correct(said, both, [[0.8, 0.0], [0.0, 0.8]]).changed
+    one_right = correct(said, both, [[0.0, 0.4], [0.8, 0.0]])
+    assert one_right.answer == "Take the top cup {seg} and the bottom cup {seg}."
+    assert one_right.targets == (top, bottom)
+    single = thing("the cup", "cup", 1)
+    too_many = correct(said, ask(single, objects=(single,)), [[0.8], [0.0]])
+    assert too_many.answer == "Take the cup {seg}."  # "the left cup" would say that there are two
+    three = correct(
+        "Take the left cup {seg}.", ask(top, bottom, FORK, objects=(top, bottom, FORK)), [[0.8, 0, 0]]
+    )
+    assert three.answer == "Take the top cup {seg}, the bottom cup {seg} and the fork {seg}."
 
 
 def test_without_categories_names_decide() -> None:
