@@ -93,7 +93,7 @@ def test_dvc_composes_them_and_plain_repro_does_not(project: Path) -> None:
     _dvc(project, "repro", "-q")
     assert (project / "params.yaml").read_text() == written == (project / "seen.yaml").read_text()
 
-    edited = written.replace("  text: 1.0", "  text: 0.7")
+    edited = written.replace("  text: 0.3", "  text: 0.7")
     assert edited != written
     (project / "params.yaml").write_text(edited)
     words = [
