@@ -130,9 +130,9 @@ def test_centres_are_learnt() -> None:
     assert float((found == where[:, :, 1:-1, 1:-1]).float().mean()) > 0.98
 
 
-def test_the_language_model_reads_the_counts(mini_model: Segmenter) -> None:
-    """More of a kind changes the tokens that show it, by what `tell` makes of the difference; and no
-    gradient of the words reaches what counts."""
+def test_the_image_tokens_are_told_the_facts(mini_model: Segmenter) -> None:
+    """The image's tokens are the projector's and what `tell` makes of the facts; no gradient of the words
+    reaches what counts."""
     centres, tell = mini_model.centres, mini_model.tell
     assert centres is not None
     assert tell is not None
