@@ -64,6 +64,20 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def cores() -> int:
+    """Processes that forward passes of small models may be spread over on this machine: its cores (or
+    OMP_NUM_THREADS), for a stage that is one process without a GPU. Each then computes in one thread, which
+    loses less to waiting than all cores do on one small batch. Call it before anything is computed: a thread
+    of OpenMP does not survive the fork."""
+    import torch
+
+    if count() > 1 or torch.cuda.is_available():
+        return 1
+    found = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return found
+
+
 def halves() -> bool:
     """Whether this process's device multiplies bfloat16 fast. Where it must be emulated, it is many times
     slower than float32."""

@@ -6,13 +6,18 @@ own number, so the results do not either. A stage that was killed goes on behind
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import signal
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
@@ -20,18 +25,22 @@ from popen import devices
 
 T = TypeVar("T")
 
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
 
 @dataclass(frozen=True)
 class Parts(Generic[T]):
     """Where the batches of one piece of work are kept, and how.
 
     `folder` is named by a fingerprint of all that shapes the work (`popen.checkpoints.fingerprint`); all
-    processes see it. `write` and `read` are of one file of records.
+    processes see it. `write` and `read` are of one file of records. With `cores` above 1 (see
+    `popen.devices.cores`) a stage that is one process forks helpers which make batches beside it.
     """
 
     folder: Path
     write: Callable[[Path, list[T]], object]
     read: Callable[[Path], Iterable[T]]
+    cores: int = 1
 
     def file(self, number: int) -> Path:
         return self.folder / f"batch-{number:08d}"
@@ -62,15 +71,66 @@ def in_batches(
         make: a batch's number -> its records; a pure function of the number.
         name: what the progress bar says.
     """
-    mine = numbers if parts is None else numbers[devices.rank() :: devices.count()]
-    for number in tqdm(mine, desc=name, unit="batch", mininterval=2.0, disable=not devices.is_main()):
-        if parts is None:
+    if parts is None:
+        for number in _bar(numbers, name):
             yield from make(number)
-        elif not parts.file(number).exists():
+        return
+    mine = [n for n in numbers[devices.rank() :: devices.count()] if not parts.file(n).exists()]
+    helpers = max(1, min(parts.cores, len(mine)))
+
+    def work(share: Sequence[int]) -> None:
+        for number in share:
             parts.save(number, list(make(number)))
-    if parts is None or not devices.is_main():
+
+    with _helped(work, [mine[first::helpers] for first in range(1, helpers)], name):
+        work(_bar(mine[::helpers], name))
+    if not devices.is_main():
         return
     for number in numbers:
         while not parts.file(number).exists():
             time.sleep(0.1)  # torchrun ends this process when the one that makes it has failed
         yield from parts.read(parts.file(number))
+
+
+def _bar(numbers: Sequence[int], name: str) -> Any:
+    return tqdm(numbers, desc=name, unit="batch", mininterval=2.0, disable=not devices.is_main())
+
+
+@contextmanager
+def _helped(
+    work: Callable[[Sequence[int]], None], shares: Sequence[Sequence[int]], name: str
+) -> Iterator[None]:
+    """Forked processes do their shares of the work while the body does its own, and end with it."""
+    helpers = [_fork(work, share) for share in shares]
+    try:
+        yield
+        while helpers:
+            _, status = os.waitpid(helpers[-1], 0)
+            helpers.pop()
+            if status:
+                raise RuntimeError(f"{name}: a helping process failed; its own message is above")
+    finally:
+        for helper in helpers:
+            os.kill(helper, signal.SIGKILL)
+            os.waitpid(helper, 0)
+
+
+def _fork(work: Callable[[Sequence[int]], None], share: Sequence[int]) -> int:
+    """Start a helper: a copy of this process that does its share and nothing else, neither the exit handlers
+    of libraries nor what stands behind the caller."""
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == parent:  # else it died just before
+            work(share)
+            code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)

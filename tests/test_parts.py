@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
 import torch
 
 from popen.evaluation.answering import Timed, answer_batch, answers, prediction
@@ -134,3 +139,79 @@ def test_two_processes_make_the_preference_data_and_answers_of_one(
 
 def predictions_of(answered: Iterable[Timed]) -> list[Prediction]:
     return [prediction(sample, answer, 0.0, 1.0) for sample, answer, _ in answered]
+
+
+def test_helpers_make_what_one_process_makes(tmp_path: Path) -> None:
+    """Forked helpers do their share each; the records come in order and once."""
+    makers = tmp_path / "makers"
+    makers.mkdir()
+
+    def make(number: int) -> Iterator[int]:
+        (makers / f"{number}-{os.getpid()}").touch()
+        return tens(number)
+
+    for cores in (1, 2, 3, 20):
+        parts = replace(kept(tmp_path / "parts"), cores=cores)
+        assert list(in_batches(NUMBERS, make, "test", parts)) == EXPECTED
+        made = [name.name.split("-") for name in makers.iterdir()]
+        assert sorted(int(number) for number, _ in made) == list(NUMBERS)
+        shares = Counter(pid for _, pid in made)
+        assert len(shares) == min(cores, len(NUMBERS))
+        assert max(shares.values()) == -(-len(NUMBERS) // len(shares))
+        assert str(os.getpid()) in shares
+        assert list(in_batches(NUMBERS, make, "test", parts)) == EXPECTED  # nothing is made again
+        assert len(list(makers.iterdir())) == len(NUMBERS)
+        parts.clear()
+        for file in makers.iterdir():
+            file.unlink()
+
+
+def test_what_fails_in_a_helper_fails_in_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The others' batches are kept, and no process is left behind."""
+    parts, before = replace(kept(tmp_path), cores=2), psutil.Process().children()
+
+    def make(number: int) -> Iterator[int]:
+        if number == NUMBERS[3]:  # a helper's second
+            raise ValueError("no such picture")
+        return tens(number)
+
+    with pytest.raises(RuntimeError, match="test: a helping process failed"):
+        list(in_batches(NUMBERS, make, "test", parts))
+    assert "ValueError: no such picture" in capfd.readouterr().err
+    assert parts.file(NUMBERS[1]).exists()
+    assert not parts.file(NUMBERS[3]).exists()
+    assert list(in_batches(NUMBERS, tens, "test", parts)) == EXPECTED
+
+    def stopped(number: int) -> Iterator[int]:
+        if number == NUMBERS[0]:
+            raise KeyboardInterrupt
+        time.sleep(60)
+        return tens(number)
+
+    parts.clear()
+    with pytest.raises(KeyboardInterrupt):
+        list(in_batches(NUMBERS, stopped, "test", parts))
+    assert psutil.Process().children() == before
+
+
+def test_helpers_die_with_the_process_that_forked_them(tmp_path: Path) -> None:
+    def make(number: int) -> Iterator[int]:
+        (tmp_path / f"pid-{os.getpid()}").touch()
+        time.sleep(60)
+        return tens(number)
+
+    process = get_context("fork").Process(
+        target=lambda: list(in_batches(NUMBERS, make, "test", replace(kept(tmp_path / "parts"), cores=2)))
+    )
+    process.start()
+    while len(found := list(tmp_path.glob("pid-*"))) < 2:
+        assert process.is_alive()
+        time.sleep(0.05)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    pids = [int(file.name.removeprefix("pid-")) for file in found]
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -55,6 +55,9 @@ class Batch:
     inventory: Tensor | None = None  # (R, categories) how many of each the answer names, IGNORED: unknown
     centres: Tensor | None = None  # (B, categories, h, w) as `centre_labels` makes them
     named: Tensor | None = None  # (R, T) the kind that a word of the question names, NOTHING or IGNORED
+    # (R, T) the target (of N) that an answer comes to next, seen from before each of its words; NOTHING behind
+    # the last, IGNORED where masks are not supervised and where the next token is forced
+    aimed: Tensor | None = None
 
     @property
     def answered(self) -> Tensor:
@@ -91,7 +94,7 @@ class Batch:
 
     def first_rows(self, count: int) -> Batch:
         """The first `count` rows, which must hold every supervised target."""
-        rows = ("image_of_row", "input_ids", "attention_mask", "labels", "inventory", "named")
+        rows = ("image_of_row", "input_ids", "attention_mask", "labels", "inventory", "named", "aimed")
         known = {name: getattr(self, name) for name in rows}
         return replace(self, **{name: part[:count] for name, part in known.items() if part is not None})
 
@@ -180,6 +183,7 @@ class Encoder:
         attention[:, : len(prefix)] = 1
         labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
         named = torch.full((len(rows), length), IGNORED, dtype=torch.long)
+        aimed = torch.full((len(rows), length), IGNORED, dtype=torch.long)
         positions: list[list[int]] = []
         row_of: list[int] = []
         masks: list[Mask] = []
@@ -203,6 +207,13 @@ class Encoder:
             keep = np.ones((self.size, self.size), dtype=bool)
             if row.ignore is not None:
                 keep = ~mask_array(row.ignore, self.size)
+            if dense and answer:
+                ends = [
+                    first + len(self.codebook) - 1 for first in firsts
+                ]  # from here on the next word is free
+                for number, (free, first) in enumerate(zip([start - 1, *ends], firsts, strict=False)):
+                    aimed[index, free:first] = len(masks) + number
+                aimed[index, ([start - 1, *ends])[-1] : -1] = NOTHING
             for first, mask in zip(firsts, row.masks, strict=True):
                 positions.append(list(range(first, first + len(self.codebook))))
                 row_of.append(index)
@@ -225,6 +236,7 @@ class Encoder:
             inventory=self._inventory(rows) if any(row.kinds is not None for row in rows) else None,
             centres=torch.from_numpy(np.stack(centres)) if centres else None,
             named=named if dense else None,
+            aimed=aimed if dense else None,
         )
 
     def _inventory(self, rows: Sequence[Row]) -> Tensor:

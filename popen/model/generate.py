@@ -113,10 +113,16 @@ def _generate(
     codebook = model.tokenizer.convert_tokens_to_ids(model.encoder.codebook)
     # read off by a hook: transformers' `output_hidden_states` keeps those of every layer, the image's too
     states: list[Tensor] = []
-    hook = model.causal.base_model.register_forward_hook(
-        lambda module, given, told: states.append(told.last_hidden_state[:, -1].clone())
-    )
-    embeds, _ = model.embed(batch.input_ids, model.image_tokens(features), batch.image_of_row)
+    image = model.image_tokens(features)
+    own = image.index_select(0, batch.image_of_row)
+
+    def read_off(module: Any, given: Any, told: Any) -> None:
+        states.append(told.last_hidden_state[:, -1].clone())
+        if model.aim is not None:  # before each word the answer looks at the image
+            told.last_hidden_state = model.aim(told.last_hidden_state[:, -1:], own)[0]
+
+    hook = model.causal.base_model.register_forward_hook(read_off)
+    embeds = model.embed(batch.input_ids, image, batch.image_of_row)
     try:
         output = model.causal.generate(
             inputs_embeds=embeds,

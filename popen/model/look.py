@@ -40,20 +40,37 @@ class Look(nn.Module):
         return words + self.out(looked.softmax(-1)[..., :-1] @ self.value(cells)), looked
 
 
-def look_loss(looked: Tensor, kinds: Tensor, dense: Tensor) -> Tensor:
+def look_loss(looked: Tensor, named: Tensor, image_of_row: Tensor, dense: Tensor) -> Tensor:
     """Cross-entropy of where words look against each image token's share of what they name.
 
-    looked (R, T, P + 1) logits; kinds (R, T) of the words, NOTHING or IGNORED; dense (R, H, W) labels of the
-    image's pixels (kind k is 1 + k). A word that names no kind, or one of which the image shows nothing,
-    should look at the sink. Sum of the means over words that name a kind and over those that do not.
+    looked (R, T, P + 1) logits; named (R, T), the kind that a word names, NOTHING or IGNORED; dense (B, H, W)
+    labels of the images' pixels (kind k is 1 + k). A word that names no kind, or one of which the image shows
+    nothing, should look at the sink. Sum of the means over words that name a kind and over those that do not.
     """
-    rows, places = (kinds != IGNORED).nonzero(as_tuple=True)
-    named = kinds[rows, places]
-    grid = round((looked.shape[-1] - 1) ** 0.5)
-    shown = (dense[rows] == 1 + named[:, None, None]) & (named != NOTHING)[:, None, None]
-    cells = F.adaptive_avg_pool2d(shown.float(), grid).flatten(1)
+    rows, places = (named >= 0).nonzero(as_tuple=True)
+    shown = dense[image_of_row[rows]] == 1 + named[rows, places][:, None, None]
+    parts = [_aims(looked[rows, places], shown), _aims(looked[named == NOTHING], None)]
+    return torch.stack([part.sum() / max(len(part), 1) * share(len(part)) for part in parts]).sum()
+
+
+def aim_loss(looked: Tensor, aimed: Tensor, masks: Tensor) -> Tensor:
+    """Cross-entropy of where the answer looks before each of its words against the target it comes to.
+
+    looked (R, T, P + 1) logits; aimed (R, T), the number of the batch's target that is named next, NOTHING behind
+    the last one, or IGNORED; masks (N, H, W) of the targets. Sum of the means over both.
+    """
+    rows, places = (aimed >= 0).nonzero(as_tuple=True)
+    parts = [_aims(looked[rows, places], masks[aimed[rows, places]]), _aims(looked[aimed == NOTHING], None)]
+    return torch.stack([part.sum() / max(len(part), 1) * share(len(part)) for part in parts]).sum()
+
+
+def _aims(looked: Tensor, shown: Tensor | None) -> Tensor:
+    """Cross-entropy of looks (n, P + 1) against the cells' shares of what is shown (n, H, W); against the sink
+    where nothing is."""
+    logps = looked.float().log_softmax(-1)
+    if shown is None:
+        return -logps[:, -1]
+    cells = F.adaptive_avg_pool2d(shown.float(), round((looked.shape[-1] - 1) ** 0.5)).flatten(1)
     total = cells.sum(1, keepdim=True)
     true = torch.cat([cells / total.clamp(min=1e-6), (total == 0).float()], dim=1)
-    loss = -(true * looked[rows, places].float().log_softmax(-1)).sum(1)
-    parts = [loss[named != NOTHING], loss[named == NOTHING]]
-    return torch.stack([part.sum() / max(len(part), 1) * share(len(part)) for part in parts]).sum()
+    return -(true * logps).sum(1)

@@ -13,7 +13,7 @@ from popen.devices import share
 from popen.model import IGNORED
 from popen.model.batches import Batch
 from popen.model.dense import dense_loss
-from popen.model.look import look_loss
+from popen.model.look import aim_loss, look_loss
 from popen.model.segmenter import Output
 from popen.model.tally import centre_loss
 from popen.params import SftWeights
@@ -146,6 +146,9 @@ def sft_loss(output: Output, batch: Batch, weights: SftWeights) -> tuple[Tensor,
         parts["centres"] = centre_loss(output.centres, batch.centres)
     if output.sought is not None and batch.named is not None and batch.dense is not None and weights.look:
         named = batch.named[:, -output.sought.shape[1] :]
-        parts["look"] = look_loss(output.sought, named, batch.dense[batch.image_of_row])
+        parts["look"] = look_loss(output.sought, named, batch.image_of_row, batch.dense)
+    if output.aimed is not None and batch.aimed is not None and weights.aim:
+        aimed = batch.aimed[:, -output.aimed.shape[1] :]
+        parts["aim"] = aim_loss(output.aimed, aimed, batch.masks * batch.valid)
     total = sum((getattr(weights, name) * value for name, value in parts.items()), torch.zeros(()))
     return total, {name: value.detach() for name, value in parts.items()}

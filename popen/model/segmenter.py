@@ -38,6 +38,7 @@ class Output:
     looked: Tensor | None = None  # (N, S, h w) logits, see `point_loss`
     inventory: Tensor | None = None  # (R, categories, COUNTED) logits, see `inventory_loss`
     centres: Tensor | None = None  # (B, categories, h', w') logits, see `centre_loss`
+    aimed: Tensor | None = None  # (R, T', P + 1) logits of the same tokens, see `aim_loss`
     sought: Tensor | None = None  # (R, T', P + 1) logits of the T' tokens behind the image, see `look_loss`
 
 
@@ -93,6 +94,7 @@ class Segmenter(nn.Module):
         self.centres = Centres(self.tower.widths, len(categories)) if params.tally else None
         self.tell = nn.Linear(FACTS, hidden) if params.tally else None
         self.look = Look(hidden) if params.tally else None
+        self.aim = Look(hidden) if params.tally else None
         self.encoder = Encoder(
             tokenizer,
             names,
@@ -123,49 +125,69 @@ class Segmenter(nn.Module):
 
     def image_tokens(self, features: list[Tensor]) -> Tensor:
         """Features of B images -> what the LM reads of them (B, P, D)."""
+        if self.centres is None:
+            return self._tokens(features, None, None)
+        return self._tokens(features, self.dense(self.neck(features)[-1]), self.find(features))
+
+    def find(self, features: list[Tensor]) -> Tensor | None:
+        """Features of B images -> the map of the things' centres (B, categories, h, w), where there is a
+        tally."""
+        if self.centres is None:
+            return None
+        with torch.autocast(features[0].device.type, enabled=False):  # in bfloat16 a peak ties with its slope
+            return cast(Tensor, self.centres([level.float() for level in features]))
+
+    def _tokens(self, features: list[Tensor], dense: Tensor | None, centres: Tensor | None) -> Tensor:
         tokens: Tensor = self.projector(features[0])
-        return tokens if self.tell is None else tokens + self.tell(self.facts(features))
+        if self.tell is None or dense is None or centres is None:
+            return tokens
+        grid = self.tower.grids[0] // self.params.vision.shuffle
+        with torch.no_grad():  # what is told is read off: no gradient of the words reaches what counts
+            shares = F.adaptive_avg_pool2d(dense.float().softmax(1)[:, 1:], grid).flatten(2)
+            told = facts(census(centres), shares)
+        return tokens + self.tell(told)
 
-    @torch.no_grad()
-    def facts(self, features: list[Tensor]) -> Tensor:
-        """What tokens are told of the kinds that they show (B, P, FACTS), see `popen.model.tally`."""
-        assert self.centres is not None
-        with torch.autocast(features[0].device.type, enabled=False):
-            features = [level.float() for level in features]
-            shows = self.dense(self.neck(features)[-1]).softmax(1)[:, 1:]
-            grid = features[0].shape[-1] // self.params.vision.shuffle
-            shares = F.adaptive_avg_pool2d(shows, grid).flatten(2)
-            return facts(census(self.centres(features)), shares)
+    def embed(self, input_ids: Tensor, image: Tensor, image_of_row: Tensor) -> Tensor:
+        """Prompts (R, T) and `image_tokens` (B, P, D) -> embeddings (R, T, D), the image's in their places."""
+        behind, _ = self.read(input_ids, image, image_of_row)
+        return torch.cat([self.prefix(image).index_select(0, image_of_row).to(behind.dtype), behind], dim=1)
 
-    def embed(
+    def prefix(self, image: Tensor) -> Tensor:
+        """`image_tokens` (B, P, D) -> embeddings of what opens every prompt, the image's last (B, n, D)."""
+        ids = self.encoder.prefix_ids[: -self.encoder.image_tokens]
+        before = self.language.get_input_embeddings()(
+            torch.tensor(ids, device=image.device, dtype=torch.long)
+        )
+        return torch.cat([before.expand(len(image), -1, -1), image.to(before.dtype)], dim=1)
+
+    def read(
         self, input_ids: Tensor, image: Tensor, image_of_row: Tensor, asked: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Token ids (R, T) and `image_tokens` (B, P, D) -> embeddings (R, T, D), the image's in their places.
+        """Token ids (R, T) and `image_tokens` (B, P, D) -> embeddings of what stands behind the image
+        (R, T', D), and where those tokens would look (R, T', P + 1).
 
         The words of a question look at the image; `asked` (R,) is the place of its last, and without it no
-        answer follows. The second result is where the tokens behind the image's would look (R, T', P + 1).
+        answer follows.
         """
-        embeds: Tensor = self.language.get_input_embeddings()(input_ids)
-        own = image.to(embeds.dtype)[image_of_row]
-        embeds = embeds.masked_scatter((input_ids == self.encoder.image_id).unsqueeze(-1), own)
         n = len(self.encoder.prefix_ids)
-        behind = embeds[:, n:]
-        if self.look is None or not behind.shape[1]:
-            return embeds, None
-        read, looked = self.look(behind, own)
+        words = self.language.get_input_embeddings()(input_ids[:, n:])
+        if self.look is None or not words.shape[1]:
+            return words, None
+        looking, looked = self.look(words, image.to(words.dtype).index_select(0, image_of_row))
         if asked is not None:
-            question = torch.arange(n, embeds.shape[1], device=asked.device) <= asked[:, None]
-            read = torch.where(question.unsqueeze(-1), read, behind)
-        return torch.cat([embeds[:, :n], read.to(embeds.dtype)], dim=1), looked
+            question = torch.arange(n, input_ids.shape[1], device=asked.device) <= asked[:, None]
+            looking = torch.where(question.unsqueeze(-1), looking, words)
+        return looking.to(words.dtype), looked
 
     def hidden(self, batch: Batch, features: list[Tensor]) -> Tensor:
         """Last hidden states of the LM (R, T, D)."""
         image = self.image_tokens(features)
-        embeds, _ = self.embed(batch.input_ids, image, batch.image_of_row, batch.asked)
-        return self._hidden(batch, image, embeds)
+        behind, _ = self.read(batch.input_ids, image, batch.image_of_row, batch.asked)
+        return self._hidden(batch, self.prefix(image), behind)
 
-    def _hidden(self, batch: Batch, image: Tensor, embeds: Tensor) -> Tensor:
-        """Image tokens (B, P, D) and all embeddings (R, T, D) -> last hidden states (R, T, D).
+    def _hidden(self, batch: Batch, before: Tensor, behind: Tensor) -> Tensor:
+        """Embeddings of the images' prefixes (B, n, D) and of what stands behind them (R, T', D) -> last hidden
+        states (R, T, D).
 
         Rows that share an image share its tokens' pass: the prefix runs once an image, and its keys and
         values are handed to the rows. Those run in parts of about equal length, without the padding that
@@ -177,40 +199,37 @@ class Segmenter(nn.Module):
         places = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
         if self.training and self.params.language.checkpointing:
             whole = self.causal.base_model(
-                inputs_embeds=embeds,
+                inputs_embeds=torch.cat([before.index_select(0, batch.image_of_row), behind], dim=1),
                 attention_mask=batch.attention_mask,
                 position_ids=places,
                 use_cache=False,
             )
             return cast(Tensor, whole.last_hidden_state)
-        n, images = len(self.encoder.prefix_ids), len(image)
-        everywhere = torch.arange(images, device=places.device)
+        images, n = before.shape[:2]
         prefix = self.causal.base_model(
-            inputs_embeds=self.embed(batch.input_ids[:1, :n].expand(images, n), image, everywhere)[0],
-            position_ids=places[:1, :n].expand(images, n),
-            use_cache=True,
+            inputs_embeds=before, position_ids=places[:1, :n].expand(images, n), use_cache=True
         )
         seen = [(layer.keys, layer.values) for layer in prefix.past_key_values.layers]
         lengths = batch.attention_mask[:, n:].sum(1)
         order = lengths.argsort()
         done: list[Tensor] = []
         for rows in order.chunk(1 if order.is_cuda else PARTS):
-            start = batch.input_ids.shape[1] - int(lengths[rows].max())
+            start = behind.shape[1] - int(lengths[rows].max())
             image_of = batch.image_of_row[rows]
             rest = self.causal.base_model(
-                inputs_embeds=embeds[rows, start:],
+                inputs_embeds=behind[rows, start:],
                 attention_mask=torch.cat(
-                    [batch.attention_mask[rows, :n], batch.attention_mask[rows, start:]], dim=1
+                    [batch.attention_mask[rows, :n], batch.attention_mask[rows, n + start :]], dim=1
                 ),
-                position_ids=places[rows, start:],
+                position_ids=places[rows, n + start :],
                 cache=DynamicCache(
                     [(k.index_select(0, image_of), v.index_select(0, image_of)) for k, v in seen]
                 ),
                 use_cache=True,
             )
-            done.append(F.pad(rest.last_hidden_state, (0, 0, start - n, 0)))
-        behind = torch.cat(done).index_select(0, order.argsort())
-        return torch.cat([prefix.last_hidden_state.index_select(0, batch.image_of_row), behind], dim=1)
+            done.append(F.pad(rest.last_hidden_state, (0, 0, start, 0)))
+        last = torch.cat(done).index_select(0, order.argsort())
+        return torch.cat([prefix.last_hidden_state.index_select(0, batch.image_of_row), last], dim=1)
 
     def segmentation_embeddings(
         self, hidden: Tensor, batch: Batch, features: list[Tensor]
@@ -222,28 +241,44 @@ class Segmenter(nn.Module):
 
     def decode(self, embeddings: Tensor, features: list[Tensor], images: Tensor, image_of: Tensor) -> Tensor:
         """Embeddings (N, S, C) and the images' features -> mask logits (N, H, W)."""
+        return self._masks(embeddings, self.neck(features), images, image_of)
+
+    def _masks(self, embeddings: Tensor, levels: list[Tensor], images: Tensor, image_of: Tensor) -> Tensor:
         if not len(embeddings):
             return embeddings.sum() + images.new_zeros((0, self.decoder.size, self.decoder.size))
-        return self.decoder(embeddings, self.neck(features), images, image_of)
+        return self.decoder(embeddings, levels, images, image_of)
 
     def forward(self, batch: Batch, features: list[Tensor] | None = None) -> Output:
         """`features` may be given where the tower is frozen and they are cached."""
         if features is None:
             features = self.tower(batch.images)
-        image = self.image_tokens(features)
-        embeds, sought = self.embed(batch.input_ids, image, batch.image_of_row, batch.asked)
-        hidden = self._hidden(batch, image, embeds)
+        levels = self.neck(features)
+        supervised = batch.dense is not None
+        dense = self.dense(levels[-1]) if supervised or self.centres is not None else None
+        centres = self.find(features)
+        image = self._tokens(features, dense, centres)
+        behind, sought = self.read(batch.input_ids, image, batch.image_of_row, batch.asked)
+        before = self.prefix(image)
+        hidden = self._hidden(batch, before, behind)
         embeddings, looked = self.segmentation_embeddings(hidden, batch, features)
+        n, aimed = before.shape[1], None
+        spoken = hidden
+        if self.aim is not None:
+            looking, aimed = self.aim(
+                hidden[:, n:], image.to(hidden.dtype).index_select(0, batch.image_of_row)
+            )
+            spoken = torch.cat([hidden[:, :n], looking.to(hidden.dtype)], dim=1)
         return Output(
-            logits=self.causal.get_output_embeddings()(hidden[:, :-1][batch.answered]),
+            logits=self.causal.get_output_embeddings()(spoken[:, :-1][batch.answered]),
             embeddings=embeddings,
-            masks=self.decode(embeddings, features, batch.images, batch.image_of_target),
-            dense=None if batch.dense is None else self.dense(self.neck(features)[-1]),
-            described=None if batch.dense is None else self.describe(embeddings),
+            masks=self._masks(embeddings, levels, batch.images, batch.image_of_target),
+            dense=dense,
+            described=self.describe(embeddings) if supervised else None,
             looked=looked,
             inventory=None if batch.inventory is None else self.take_inventory(hidden, batch),
-            centres=None if batch.dense is None or self.centres is None else self.centres(features),
+            centres=centres,
             sought=sought,
+            aimed=aimed,
         )
 
     def take_inventory(self, hidden: Tensor, batch: Batch) -> Tensor:

@@ -24,6 +24,7 @@ def main(benchmark: str, system: str) -> None:
         from popen.stages.learning import INDEX, MODELS, kept_parts, samples
         from popen.stages.systems import answerer, load, threshold
 
+        cores = devices.cores()
         params, asked, level = run.params, samples(benchmark), threshold(system)
         inputs = [MODELS / system, INDEX / f"{benchmark}.jsonl"]
         parts = kept_parts(
@@ -32,6 +33,7 @@ def main(benchmark: str, system: str) -> None:
             [params.evaluate.batch, params.evaluate.max_new_tokens, params.ensemble, level],
             write_predictions,
             read_predictions,
+            cores,
         )
         model = load(system, devices.device())
         ask = answerer(model, params, asked)
@@ -45,7 +47,7 @@ def main(benchmark: str, system: str) -> None:
         if isinstance(model, Segmenter):
             feed = partial(overlaps, model, Path(params.data.root), max_pixels=params.data.max_pixels)
             settings = ["teacher-forced", params.evaluate.batch]
-            overlapping = kept_parts(run, inputs, settings, write_overlaps, read_overlaps)
+            overlapping = kept_parts(run, inputs, settings, write_overlaps, read_overlaps, cores)
             again = in_batches(
                 batches,
                 lambda start: feed(asked[start : start + params.evaluate.batch]),

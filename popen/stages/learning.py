@@ -143,9 +143,10 @@ def kept_parts(
     settings: Iterable[object],
     write: Callable[[Path, list[T]], object],
     read: Callable[[Path], Iterable[T]],
+    cores: int = 1,
 ) -> Parts[T]:
     """Where a stage keeps the batches that are done; `inputs` and `settings` as for `fit`."""
-    return Parts(_kept_in(run, settings, inputs), write, read)
+    return Parts(_kept_in(run, settings, inputs), write, read, cores)
 
 
 def _kept_in(run: Run, settings: Iterable[object], inputs: Iterable[Path]) -> Path:

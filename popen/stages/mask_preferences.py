@@ -20,7 +20,7 @@ def main() -> None:
 
         params = run.params
         settings = [params.mask_preferences, params.evaluate.batch]
-        parts = kept_parts(run, [MODEL, TEXT], settings, write_mask_pairs, read_mask_pairs)
+        parts = kept_parts(run, [MODEL, TEXT], settings, write_mask_pairs, read_mask_pairs, devices.cores())
         texts = list(read_text_pairs(TEXT))
         found = mask_pairs(
             Segmenter.load(MODEL).to(devices.device()),

@@ -21,6 +21,7 @@ SKIPPED = OUT.with_name("skipped.jsonl")
 
 def main() -> None:
     with stage("text_preferences", shared=True) as run:
+        from popen import devices
         from popen.preference.people import FOLDER
         from popen.preference.records import read_records, write_records, write_skipped, write_text_pairs
         from popen.preference.sampling import PairsError
@@ -29,7 +30,9 @@ def main() -> None:
         params, asked = run.params, samples("preference")
         settings = [params.text_preferences, params.evaluate.batch, params.evaluate.max_new_tokens]
         inputs = [MODEL, INDEX / "preference.jsonl", *[FOLDER] * (params.text_preferences.source == "people")]
-        parts = kept_parts(run, inputs, settings, write_records, read_records)
+        # a judge's requests wait for its endpoint, not for this machine, and share one budget
+        cores = devices.cores() if params.text_preferences.source == "rule" else 1
+        parts = kept_parts(run, inputs, settings, write_records, read_records, cores)
         pairs, skipped = make(params, asked, _source(params, asked, run.home), parts)
         if not run.main:
             return

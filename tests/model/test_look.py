@@ -1,18 +1,22 @@
-"""Words that look at the image: the identity at first, taught where their things are."""
+"""Words that look at the image, in the question and in the answer: the identity at first, taught where their
+things are."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from popen.masks import decode
 from popen.model import IGNORED
 from popen.model.batches import Row
-from popen.model.look import NOTHING, Look, look_loss
-from popen.model.losses import sft_loss
+from popen.model.generate import generate
+from popen.model.look import NOTHING, Look, aim_loss, look_loss
+from popen.model.losses import sft_loss, token_logps
 from popen.model.segmenter import Segmenter
 from popen.samples import Sample
 from tests.conftest import WEIGHTS
@@ -47,10 +51,13 @@ def test_look_loss_by_hand() -> None:
     p = [[[0.5, 0.1, 0.2, 0.1, 0.1], [0.1, 0.2, 0.2, 0.2, 0.3]], [[0.1, 0.1, 0.1, 0.1, 0.6], [0.2] * 5]]
     kinds = torch.tensor([[0, NOTHING], [1, IGNORED]])  # the second image shows nothing of kind 1
     named = -(0.8 * math.log(0.5) + 0.2 * math.log(0.2)) - math.log(0.6)
-    loss = look_loss(torch.log(torch.tensor(p)), kinds, dense)
+    own = torch.tensor([0, 1])
+    loss = look_loss(torch.log(torch.tensor(p)), kinds, own, dense)
     assert float(loss) == pytest.approx(named / 2 - math.log(0.3))
+    # both rows about the first image, which shows nothing of kind 1
+    assert float(look_loss(torch.log(torch.tensor(p)), kinds, torch.zeros_like(own), dense)) == float(loss)
     unknown = torch.full_like(kinds, IGNORED)
-    assert float(look_loss(torch.log(torch.tensor(p)), unknown, dense)) == 0.0
+    assert float(look_loss(torch.log(torch.tensor(p)), unknown, own, dense)) == 0.0
 
 
 def test_names_in_a_question_are_found(mini_model: Segmenter, picture: Image.Image, sample: Sample) -> None:
@@ -86,12 +93,17 @@ def test_only_the_question_looks(mini_model: Segmenter, picture: Image.Image) ->
     batch = mini_model.encoder.batch([picture], [Row(0, "What could I use?", "It is the cup {seg}.")])
     plain = mini_model.language.get_input_embeddings()(batch.input_ids)
     image = mini_model.image_tokens(mini_model.tower(batch.images))
-    embeds, _ = mini_model.embed(batch.input_ids, image, batch.image_of_row, batch.asked)
-    moved = (embeds != plain).any(-1)[0]
+    behind, _ = mini_model.read(batch.input_ids, image, batch.image_of_row, batch.asked)
     n, last = len(mini_model.encoder.prefix_ids), int(batch.asked[0])
-    assert moved[n : last + 1].all()
-    assert not moved[last + 1 :].any()
-    assert not moved[: n - mini_model.encoder.image_tokens].any()
+    moved = (behind != plain[:, n:]).any(-1)[0]
+    assert moved[: last + 1 - n].all()
+    assert not moved[last + 1 - n :].any()
+    prompt = mini_model.encoder.batch([picture], [Row(0, "What could I use?")])
+    embeds = mini_model.embed(prompt.input_ids, image, prompt.image_of_row)[0]
+    own = slice(n - mini_model.encoder.image_tokens, n)
+    assert torch.equal(embeds[own], image[0])
+    assert torch.equal(embeds[: own.start], plain[0, : own.start])
+    torch.testing.assert_close(embeds[n:], behind[0, : last + 1 - n])
 
 
 def test_where_words_look_is_learnt(mini_model: Segmenter, picture: Image.Image, sample: Sample) -> None:
@@ -107,3 +119,80 @@ def test_where_words_look_is_learnt(mini_model: Segmenter, picture: Image.Image,
         optimizer.zero_grad()
         losses.append(float(parts["look"]))
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_aim_loss_by_hand() -> None:
+    masks = torch.zeros(2, 4, 4)
+    masks[1, :2, :2] = 1.0  # the second target fills the first of four cells, the first shows nothing
+    p = [[[0.5, 0.1, 0.2, 0.1, 0.1], [0.1, 0.2, 0.2, 0.2, 0.3], [0.2, 0.2, 0.2, 0.2, 0.2]]]
+    aimed = torch.tensor([[1, 0, NOTHING]])
+    loss = aim_loss(torch.log(torch.tensor(p)), aimed, masks)
+    assert float(loss) == pytest.approx(-(math.log(0.5) + math.log(0.3)) / 2 - math.log(0.2))
+    assert float(aim_loss(torch.log(torch.tensor(p)), torch.full_like(aimed, IGNORED), masks)) == 0.0
+
+
+def test_an_answer_aims_at_the_target_that_it_comes_to(
+    mini_model: Segmenter, picture: Image.Image, sample: Sample
+) -> None:
+    """Before each word that leads to a target, and before its first token; behind the last at nothing."""
+    encoder, two = mini_model.encoder, [np.ones((32, 32), dtype=bool)] * 2
+    alone = Row(0, "What?", "It is the cup {seg}.", two[:1])
+    both = Row(0, "What could I use?", "It is the cup {seg} and the fork {seg}.", two)
+    words_alone = Row(0, "What?", "It is the cup {seg}.")
+    none = Row(0, "Where is the spoon?", "There is none.", [])
+    batch = encoder.batch([picture], [alone, both, words_alone, none], [sample])
+    assert batch.aimed is not None
+    after = batch.input_ids.roll(-1, dims=1)  # what each place predicts
+    aims = [
+        {number: after[row][batch.aimed[row] == number] for number in (0, 1, 2, NOTHING)} for row in range(4)
+    ]
+    read = mini_model.tokenizer.decode
+    first = encoder.codebook[0]
+    assert read(aims[0][0]).strip() == f"It is the cup{first}"
+    assert read(aims[0][NOTHING]).strip() == f".{mini_model.tokenizer.eos_token}"
+    assert read(aims[1][1]).strip() == f"It is the cup{first}"
+    assert read(aims[1][2]).strip() == f"and the fork{first}"
+    assert read(aims[1][NOTHING]).strip() == f".{mini_model.tokenizer.eos_token}"
+    assert (batch.aimed[2] == IGNORED).all()  # of these masks nothing is known
+    assert read(aims[3][NOTHING]).strip() == f"There is none.{mini_model.tokenizer.eos_token}"
+    told = [sum(len(places) for places in aim.values()) for aim in aims]
+    assert told == [int((row != IGNORED).sum()) for row in batch.aimed]
+    assert encoder.batch([picture], [alone]).aimed is None
+
+
+def test_a_generated_answer_looks_as_a_forward_pass_does(mini_model: Segmenter, picture: Image.Image) -> None:
+    """Its likelihood is that of the same tokens fed, and what is looked at changes it."""
+    aim = mini_model.aim
+    assert aim is not None
+    question = Row(0, "What could I drink from, then?")
+    before = generate(mini_model, [picture], [question], 8)[0]
+    torch.manual_seed(1)
+    torch.nn.init.normal_(aim.out.weight)
+    answer = generate(mini_model, [picture], [question], 8)[0]
+    assert answer.token_ids != before.token_ids
+    batch = mini_model.encoder.batch([picture], [question])
+    ids = torch.cat([batch.input_ids, torch.tensor([answer.token_ids])], dim=1)
+    labels = ids.clone()
+    labels[:, : batch.input_ids.shape[1]] = IGNORED
+    whole = replace(batch, input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+    with torch.no_grad():
+        logps = token_logps(mini_model(whole).logits, whole)[0, batch.input_ids.shape[1] :]
+    assert set(answer.token_ids).isdisjoint(
+        mini_model.tokenizer.convert_tokens_to_ids(mini_model.encoder.codebook)
+    )
+    assert float(logps.mean()) == pytest.approx(answer.logp, abs=1e-4)
+
+
+def test_where_answers_look_is_learnt(mini_model: Segmenter, picture: Image.Image, sample: Sample) -> None:
+    masks = [decode(target.rle) for target in sample.targets]
+    batch = mini_model.encoder.batch([picture], [Row(0, sample.question, sample.answer, masks)], [sample])
+    weights = WEIGHTS.model_copy(update={"aim": 1.0})
+    optimizer = torch.optim.AdamW(mini_model.parameters(), 3e-3)
+    losses = []
+    for _ in range(25):
+        total, parts = sft_loss(mini_model(batch), batch, weights)
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(parts["aim"]))
+    assert losses[-1] < 0.6 * losses[0]

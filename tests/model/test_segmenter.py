@@ -52,9 +52,9 @@ def test_a_shared_prefix_equals_whole_rows(
     three = [rows(sample)[0], dataclasses.replace(rows(sample)[1], image=1), rows(sample)[1]]
     batch = mini_model.encoder.batch([picture, other], three)
     features = mini_model.tower(batch.images)
-    embeds, _ = mini_model.embed(
-        batch.input_ids, mini_model.image_tokens(features), batch.image_of_row, batch.asked
-    )
+    image = mini_model.image_tokens(features)
+    behind, _ = mini_model.read(batch.input_ids, image, batch.image_of_row, batch.asked)
+    embeds = torch.cat([mini_model.prefix(image)[batch.image_of_row], behind], dim=1)
     whole = mini_model.causal.model(
         inputs_embeds=embeds,
         attention_mask=batch.attention_mask,
