@@ -55,8 +55,8 @@ class Batch:
     inventory: Tensor | None = None  # (R, categories) how many of each the answer names, IGNORED: unknown
     centres: Tensor | None = None  # (B, categories, h, w) as `centre_labels` makes them
     named: Tensor | None = None  # (R, T) the kind that a word of the question names, NOTHING or IGNORED
-    # (R, T) the target (of N) that an answer comes to next, seen from before each of its words; NOTHING behind
-    # the last, IGNORED where masks are not supervised and where the next token is forced
+    # (R, T) the target (of N) that an answer comes to next, as seen from before each of its words; NOTHING
+    # behind the last, IGNORED where masks are not supervised and where the next token is forced
     aimed: Tensor | None = None
 
     @property
@@ -171,7 +171,7 @@ class Encoder:
         self, images: Sequence[Image.Image], rows: Sequence[Row], dense: Sequence[Sample] = ()
     ) -> Batch:
         """Encode. `dense`, one sample an image, asks for labels of its pixels, its things' centres and the
-        questions' words, made of its objects."""
+        words of questions and answers, made of its objects and of the rows' masks."""
         pixels = np.stack([image_array(image, self.size) for image in images])
         prefix, forced = self.prefix_ids, set(self.tokenizer.convert_tokens_to_ids(self.codebook[1:]))
         prompts = [self.question_ids(row.question) for row in rows]
@@ -207,13 +207,11 @@ class Encoder:
             keep = np.ones((self.size, self.size), dtype=bool)
             if row.ignore is not None:
                 keep = ~mask_array(row.ignore, self.size)
-            if dense and answer:
-                ends = [
-                    first + len(self.codebook) - 1 for first in firsts
-                ]  # from here on the next word is free
-                for number, (free, first) in enumerate(zip([start - 1, *ends], firsts, strict=False)):
-                    aimed[index, free:first] = len(masks) + number
-                aimed[index, ([start - 1, *ends])[-1] : -1] = NOTHING
+            if dense and answer:  # a target's last token is where the next word is free again
+                free = [start - 1, *(first + len(self.codebook) - 1 for first in firsts)]
+                for number, first in enumerate(firsts):
+                    aimed[index, free[number] : first] = len(masks) + number
+                aimed[index, free[-1] : -1] = NOTHING
             for first, mask in zip(firsts, row.masks, strict=True):
                 positions.append(list(range(first, first + len(self.codebook))))
                 row_of.append(index)

@@ -118,8 +118,7 @@ def _generate(
 
     def read_off(module: Any, given: Any, told: Any) -> None:
         states.append(told.last_hidden_state[:, -1].clone())
-        if model.aim is not None:  # before each word the answer looks at the image
-            told.last_hidden_state = model.aim(told.last_hidden_state[:, -1:], own)[0]
+        told.last_hidden_state, _ = model.speak(told.last_hidden_state[:, -1:], own)
 
     hook = model.causal.base_model.register_forward_hook(read_off)
     embeds = model.embed(batch.input_ids, image, batch.image_of_row)

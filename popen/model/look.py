@@ -1,8 +1,10 @@
-"""The words of a question look at the image before they are read (ours, for language models from scratch).
+"""The words of a question look at the image before they are read, and those of an answer before they are
+said (ours, for language models from scratch).
 
 "Find the spoons and the cups" asks whether a word's thing is there, and how many of it. A small model
-learns that late and badly through its layers; one attention whose target is known learns it soon.
-docs/results.md has the measurement.
+learns that late and badly through its layers; one attention whose target is known learns it soon. So it is with what
+to say next: "the left cup" follows from which thing is meant, and the data say which that is. docs/results.md
+has the measurements.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from popen.devices import share
-from popen.model import IGNORED
 
 NOTHING = -1  # label of a word that names no kind
 
@@ -56,8 +57,8 @@ def look_loss(looked: Tensor, named: Tensor, image_of_row: Tensor, dense: Tensor
 def aim_loss(looked: Tensor, aimed: Tensor, masks: Tensor) -> Tensor:
     """Cross-entropy of where the answer looks before each of its words against the target it comes to.
 
-    looked (R, T, P + 1) logits; aimed (R, T), the number of the batch's target that is named next, NOTHING behind
-    the last one, or IGNORED; masks (N, H, W) of the targets. Sum of the means over both.
+    looked (R, T, P + 1) logits; aimed (R, T), the number of the batch's target that is named next, NOTHING
+    behind the last one, or IGNORED; masks (N, H, W) of the targets. Sum of the means over both.
     """
     rows, places = (aimed >= 0).nonzero(as_tuple=True)
     parts = [_aims(looked[rows, places], masks[aimed[rows, places]]), _aims(looked[aimed == NOTHING], None)]
@@ -65,8 +66,8 @@ def aim_loss(looked: Tensor, aimed: Tensor, masks: Tensor) -> Tensor:
 
 
 def _aims(looked: Tensor, shown: Tensor | None) -> Tensor:
-    """Cross-entropy of looks (n, P + 1) against the cells' shares of what is shown (n, H, W); against the sink
-    where nothing is."""
+    """Cross-entropy of looks (n, P + 1) against the cells' shares of what is shown (n, H, W), and against the
+    sink where nothing is."""
     logps = looked.float().log_softmax(-1)
     if shown is None:
         return -logps[:, -1]

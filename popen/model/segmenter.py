@@ -38,7 +38,7 @@ class Output:
     looked: Tensor | None = None  # (N, S, h w) logits, see `point_loss`
     inventory: Tensor | None = None  # (R, categories, COUNTED) logits, see `inventory_loss`
     centres: Tensor | None = None  # (B, categories, h', w') logits, see `centre_loss`
-    aimed: Tensor | None = None  # (R, T', P + 1) logits of the same tokens, see `aim_loss`
+    aimed: Tensor | None = None  # (R, 1 + T', P + 1) logits, see `aim_loss`
     sought: Tensor | None = None  # (R, T', P + 1) logits of the T' tokens behind the image, see `look_loss`
 
 
@@ -148,7 +148,7 @@ class Segmenter(nn.Module):
         return tokens + self.tell(told)
 
     def embed(self, input_ids: Tensor, image: Tensor, image_of_row: Tensor) -> Tensor:
-        """Prompts (R, T) and `image_tokens` (B, P, D) -> embeddings (R, T, D), the image's in their places."""
+        """Prompts (R, T) and `image_tokens` (B, P, D) -> embeddings (R, T, D), the image's in place."""
         behind, _ = self.read(input_ids, image, image_of_row)
         return torch.cat([self.prefix(image).index_select(0, image_of_row).to(behind.dtype), behind], dim=1)
 
@@ -186,8 +186,8 @@ class Segmenter(nn.Module):
         return self._hidden(batch, self.prefix(image), behind)
 
     def _hidden(self, batch: Batch, before: Tensor, behind: Tensor) -> Tensor:
-        """Embeddings of the images' prefixes (B, n, D) and of what stands behind them (R, T', D) -> last hidden
-        states (R, T, D).
+        """Embeddings of the images' prefixes (B, n, D) and of what stands behind them (R, T', D) -> last
+        hidden states (R, T, D).
 
         Rows that share an image share its tokens' pass: the prefix runs once an image, and its keys and
         values are handed to the rows. Those run in parts of about equal length, without the padding that
@@ -261,15 +261,10 @@ class Segmenter(nn.Module):
         before = self.prefix(image)
         hidden = self._hidden(batch, before, behind)
         embeddings, looked = self.segmentation_embeddings(hidden, batch, features)
-        n, aimed = before.shape[1], None
-        spoken = hidden
-        if self.aim is not None:
-            looking, aimed = self.aim(
-                hidden[:, n:], image.to(hidden.dtype).index_select(0, batch.image_of_row)
-            )
-            spoken = torch.cat([hidden[:, :n], looking.to(hidden.dtype)], dim=1)
+        first = before.shape[1] - 1  # its state may already be what an answer begins with
+        spoken, aimed = self.speak(hidden[:, first:], image.index_select(0, batch.image_of_row))
         return Output(
-            logits=self.causal.get_output_embeddings()(spoken[:, :-1][batch.answered]),
+            logits=self.causal.get_output_embeddings()(spoken[:, :-1][batch.answered[:, first:]]),
             embeddings=embeddings,
             masks=self._masks(embeddings, levels, batch.images, batch.image_of_target),
             dense=dense,
@@ -280,6 +275,14 @@ class Segmenter(nn.Module):
             sought=sought,
             aimed=aimed,
         )
+
+    def speak(self, hidden: Tensor, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states (R, t, D) and their rows' image tokens (R, P, D) -> what the head makes words of
+        (R, t, D), and where they looked for it (R, t, P + 1)."""
+        if self.aim is None:
+            return hidden, None
+        looking, looked = self.aim(hidden, image.to(hidden.dtype))
+        return looking.to(hidden.dtype), looked
 
     def take_inventory(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Hidden states (R, T, D) -> logits (R, categories, COUNTED), read where the answer begins."""

@@ -146,8 +146,11 @@ def test_an_answer_aims_at_the_target_that_it_comes_to(
     aims = [
         {number: after[row][batch.aimed[row] == number] for number in (0, 1, 2, NOTHING)} for row in range(4)
     ]
-    read = mini_model.tokenizer.decode
-    first = encoder.codebook[0]
+    first = f" {encoder.codebook[0]}"
+
+    def read(ids: torch.Tensor) -> str:
+        return str(mini_model.tokenizer.decode(ids))
+
     assert read(aims[0][0]).strip() == f"It is the cup{first}"
     assert read(aims[0][NOTHING]).strip() == f".{mini_model.tokenizer.eos_token}"
     assert read(aims[1][1]).strip() == f"It is the cup{first}"
