@@ -2,9 +2,9 @@
 said (ours, for language models from scratch).
 
 "Find the spoons and the cups" asks whether a word's thing is there, and how many of it. A small model
-learns that late and badly through its layers; one attention whose target is known learns it soon. So it is with what
-to say next: "the left cup" follows from which thing is meant, and the data say which that is. docs/results.md
-has the measurements.
+learns that late and badly through its layers; one attention whose target is known learns it soon. So it is
+with what to say next: "the left cup" follows from which thing is meant, and the data say which that is.
+docs/results.md has the measurements.
 """
 
 from __future__ import annotations
