@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,8 @@ def train(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if params.bf16 and devices.halves():
+    halves = params.bf16 and devices.halves()
+    if halves:
         model.forward = _in_halves(model.forward)
     if sharding.wanted():
         sharding.shard(model.to(accelerator.device))
@@ -175,7 +176,8 @@ def train(
                 parts = devices.means({"loss": value.detach(), **parts})
                 total = parts.pop("loss")
                 _stop_unless_finite(total, "loss", parts, name, step)
-                accelerator.backward(value)
+                with _plain_attention() if halves else nullcontext():  # checkpointing runs forward again
+                    accelerator.backward(value)
                 if accelerator.sync_gradients:
                     if sharding.wanted():
                         sharding.reduce_scalars(model)
@@ -215,12 +217,15 @@ def _in_halves(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def halved(*args: Any, **kwargs: Any) -> Any:
-        # on a CPU the fused attention's backward is six times slower in bfloat16 than in float32
-        plain = sdpa_kernel(SDPBackend.MATH) if kind == "cpu" else nullcontext()
-        with torch.autocast(kind, torch.bfloat16), plain:
+        with torch.autocast(kind, torch.bfloat16), _plain_attention():
             return forward(*args, **kwargs)
 
     return halved
+
+
+def _plain_attention() -> AbstractContextManager[None]:
+    """On a CPU the fused attention's backward is six times slower in bfloat16 than in float32."""
+    return sdpa_kernel(SDPBackend.MATH) if devices.device().type == "cpu" else nullcontext()
 
 
 def _keep_plain(accelerator: Any, model: nn.Module, chosen: Sequence[torch.optim.Optimizer]) -> None:

@@ -43,7 +43,7 @@ def project(folder: Path, data: tuple[Path, list[Sample]]) -> Path:
     params["data"] |= {"root": str(root), "splits": {name: ["muse/train"] for name in ("val", "muse_val")}}
     params |= {"benchmarks": ["muse_val"], "systems": SYSTEMS}
     small = {"warmup": 0.1, "accumulate": 1, "images": 4, "checkpoint_every": 1000, "eval_every": 1000}
-    params["sft"]["train"] |= small | {"steps": 80, "lr": 0.01}
+    params["sft"]["train"] |= small | {"steps": 300, "lr": 0.01}
     params["align"]["train"] |= small | {"steps": 3, "lr": 0.001}
     params["text_preferences"] |= {"samples": 1, "temperature": 1.0}
     params["mask_preferences"] |= {"sigma": 1.0, "margin": 0.0, "area_ratio": 1000.0}
