@@ -34,7 +34,7 @@ SYSTEMS = ["sft", "control", "chosen", "popen", "popen+ensemble"]
 
 
 def project(folder: Path, data: tuple[Path, list[Sample]]) -> Path:
-    """A DVC root with the parameters of conf/model/llava-7b.yaml, but for sizes and steps, and the indices of
+    """A DVC root with the parameters of conf/model/llava-7b.yaml, but for what follows, and the indices of
     four drawn images."""
     root, samples = data
     llava = write_llava(folder / "llava")
