@@ -32,13 +32,20 @@ class Look(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.out.weight)
 
-    def forward(self, words: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Words (R, T, D) and their row's image tokens (R, P, D) -> words that have looked (R, T, D), and
-        where: logits (R, T, P + 1), the sink's last."""
+    def remember(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image tokens (R, P, D) -> keys (R, P + 1, D), the sink's last, and values (R, P, D)."""
         cells = self.norm_image(image)
-        keys = torch.cat([self.key(cells), self.sink.expand(len(image), -1, -1)], dim=1)
+        return torch.cat([self.key(cells), self.sink.expand(len(image), -1, -1)], dim=1), self.value(cells)
+
+    def attend(self, words: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Words (R, T, D) and what `remember` made of their row's image tokens -> words that have looked
+        (R, T, D), and where: logits (R, T, P + 1)."""
         looked = self.query(self.norm_words(words)) @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5
-        return words + self.out(looked.softmax(-1)[..., :-1] @ self.value(cells)), looked
+        return words + self.out(looked.softmax(-1)[..., :-1] @ values), looked
+
+    def forward(self, words: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """`attend` of words (R, T, D) to image tokens (R, P, D)."""
+        return self.attend(words, *self.remember(image))
 
 
 def look_loss(looked: Tensor, named: Tensor, image_of_row: Tensor, dense: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from popen.model.published import check_llava, read_config
 from popen.model.tally import FACTS, Centres, census, facts
 from popen.model.vision import Tower
 from popen.params import ModelParams
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 COUNTED = 3  # of a kind, up to which number the inventory counts
 PARTS = 3  # of a batch's rows, sorted by length; a GPU loses more by launching than by padding
@@ -52,6 +56,13 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.mlp(F.pixel_unshuffle(features, self.shuffle).flatten(2).transpose(1, 2))
+
+
+def handed(seen: Sequence[tuple[Tensor, Tensor]], image_of_row: Tensor) -> DynamicCache:
+    """Keys and values of images' prefixes (B, heads, n, d) -> a cache for the rows behind them."""
+    from transformers import DynamicCache
+
+    return DynamicCache([tuple(part.index_select(0, image_of_row) for part in layer) for layer in seen])
 
 
 class Segmenter(nn.Module):
@@ -147,11 +158,6 @@ class Segmenter(nn.Module):
             told = facts(census(centres), shares)
         return tokens + self.tell(told)
 
-    def embed(self, input_ids: Tensor, image: Tensor, image_of_row: Tensor) -> Tensor:
-        """Prompts (R, T) and `image_tokens` (B, P, D) -> embeddings (R, T, D), the image's in place."""
-        behind, _ = self.read(input_ids, image, image_of_row)
-        return torch.cat([self.prefix(image).index_select(0, image_of_row).to(behind.dtype), behind], dim=1)
-
     def prefix(self, image: Tensor) -> Tensor:
         """`image_tokens` (B, P, D) -> embeddings of what opens every prompt, the image's last (B, n, D)."""
         ids = self.encoder.prefix_ids[: -self.encoder.image_tokens]
@@ -194,8 +200,6 @@ class Segmenter(nn.Module):
         the batch's longest row asks of all. The same numbers as a pass over whole rows, for less work.
         Under gradient checkpointing there is no cache to share, and training passes over whole rows.
         """
-        from transformers import DynamicCache
-
         places = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
         if self.training and self.params.language.checkpointing:
             whole = self.causal.base_model(
@@ -205,11 +209,8 @@ class Segmenter(nn.Module):
                 use_cache=False,
             )
             return cast(Tensor, whole.last_hidden_state)
-        images, n = before.shape[:2]
-        prefix = self.causal.base_model(
-            inputs_embeds=before, position_ids=places[:1, :n].expand(images, n), use_cache=True
-        )
-        seen = [(layer.keys, layer.values) for layer in prefix.past_key_values.layers]
+        n = before.shape[1]
+        opening, seen = self.open(before)
         lengths = batch.attention_mask[:, n:].sum(1)
         order = lengths.argsort()
         done: list[Tensor] = []
@@ -222,14 +223,21 @@ class Segmenter(nn.Module):
                     [batch.attention_mask[rows, :n], batch.attention_mask[rows, n + start :]], dim=1
                 ),
                 position_ids=places[rows, n + start :],
-                cache=DynamicCache(
-                    [(k.index_select(0, image_of), v.index_select(0, image_of)) for k, v in seen]
-                ),
+                cache=handed(seen, image_of),
                 use_cache=True,
             )
             done.append(F.pad(rest.last_hidden_state, (0, 0, start, 0)))
         last = torch.cat(done).index_select(0, order.argsort())
-        return torch.cat([prefix.last_hidden_state.index_select(0, batch.image_of_row), last], dim=1)
+        return torch.cat([opening.index_select(0, batch.image_of_row), last], dim=1)
+
+    def open(self, before: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Embeddings of images' prefixes (B, n, D) -> their last hidden states (B, n, D), and each layer's
+        keys and values, for `handed`."""
+        images, n = before.shape[:2]
+        places = torch.arange(n, device=before.device).expand(images, n)
+        opening = self.causal.base_model(inputs_embeds=before, position_ids=places, use_cache=True)
+        seen = [(layer.keys, layer.values) for layer in opening.past_key_values.layers]
+        return opening.last_hidden_state, seen
 
     def segmentation_embeddings(
         self, hidden: Tensor, batch: Batch, features: list[Tensor]

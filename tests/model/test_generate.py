@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from popen.model.batches import Row
-from popen.model.generate import WholeTargets, generate
+from popen.model.generate import generate
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
 from popen.samples import Sample
@@ -25,22 +25,6 @@ def prefer(model: Segmenter, picture: Image.Image, token: int) -> Segmenter:
         last = model.hidden(batch, model.tower(batch.images))[0, -1]
         model.causal.lm_head.weight[token] = 40 * last / last.norm() ** 2
     return model
-
-
-def test_codebook_tokens_come_as_whole_targets() -> None:
-    rule = WholeTargets([5, 6, 7], image_id=8)
-    scores = torch.arange(10.0).repeat(4, 1)
-    allowed = rule(torch.tensor([[5], [6], [7], [1]]), scores)
-    assert [row.isfinite().nonzero().flatten().tolist() for row in allowed] == [
-        [6],
-        [7],
-        [0, 1, 2, 3, 4, 5, 9],  # a target is complete: anything but half a target or an image
-        [0, 1, 2, 3, 4, 5, 9],
-    ]
-    assert allowed[3, 9] == 9.0
-    assert scores[0, 0] == 0.0  # the caller's own are left alone
-    first = rule(torch.zeros(4, 0, dtype=torch.long), scores)
-    assert first[0].isfinite().nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 9]
 
 
 @pytest.mark.parametrize(("length", "targets"), [(1, 0), (3, 0), (4, 0), (5, 1)])

@@ -98,12 +98,12 @@ def test_only_the_question_looks(mini_model: Segmenter, picture: Image.Image) ->
     moved = (behind != plain[:, n:]).any(-1)[0]
     assert moved[: last + 1 - n].all()
     assert not moved[last + 1 - n :].any()
+    opening, own = mini_model.prefix(image)[0], slice(n - mini_model.encoder.image_tokens, n)
+    assert torch.equal(opening[own], image[0])
+    assert torch.equal(opening[: own.start], plain[0, : own.start])
     prompt = mini_model.encoder.batch([picture], [Row(0, "What could I use?")])
-    embeds = mini_model.embed(prompt.input_ids, image, prompt.image_of_row)[0]
-    own = slice(n - mini_model.encoder.image_tokens, n)
-    assert torch.equal(embeds[own], image[0])
-    assert torch.equal(embeds[: own.start], plain[0, : own.start])
-    torch.testing.assert_close(embeds[n:], behind[0, : last + 1 - n])
+    asking, _ = mini_model.read(prompt.input_ids, image, prompt.image_of_row)
+    torch.testing.assert_close(asking[0], behind[0, : last + 1 - n])
 
 
 def learnt(model: Segmenter, batch: Batch, part: str) -> float:
