@@ -66,9 +66,8 @@ def device() -> torch.device:
 
 def cores() -> int:
     """Processes that forward passes of small models may be spread over on this machine: its cores (or
-    OMP_NUM_THREADS), for a stage that is one process without a GPU. Each then computes in one thread, which
-    loses less to waiting than all cores do on one small batch. Call it before anything is computed: a thread
-    of OpenMP does not survive the fork."""
+    OMP_NUM_THREADS), for a stage that is one process without a GPU. Each then computes in one thread. Call it
+    before anything is computed: a thread of OpenMP does not survive the fork."""
     import torch
 
     if count() > 1 or torch.cuda.is_available():

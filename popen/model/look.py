@@ -32,20 +32,58 @@ class Look(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.out.weight)
 
-    def remember(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Image tokens (R, P, D) -> keys (R, P + 1, D), the sink's last, and values (R, P, D)."""
+    def remember(self, image: Tensor, image_of_row: Tensor) -> tuple[Tensor, Tensor]:
+        """Image tokens (B, P, D) and the image of each row (R,) -> keys (R, P + 1, D), the sink's last, and
+        values (R, P, D)."""
         cells = self.norm_image(image)
-        return torch.cat([self.key(cells), self.sink.expand(len(image), -1, -1)], dim=1), self.value(cells)
+        keys = torch.cat([self.key(cells), self.sink.expand(len(image), -1, -1)], dim=1)
+        return keys.index_select(0, image_of_row), self.value(cells).index_select(0, image_of_row)
 
-    def attend(self, words: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, words: Tensor, keys: Tensor, values: Tensor, shade: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Words (R, T, D) and what `remember` made of their row's image tokens -> words that have looked
-        (R, T, D), and where: logits (R, T, P + 1)."""
-        looked = self.query(self.norm_words(words)) @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5
+        (R, T, D), and where: logits (R, T, P + 1). `shade` (R, T, P) is taken off the image tokens'."""
+        looked = self.scores(words, keys)
+        if shade is not None:
+            looked = looked - F.pad(shade, (0, 1)).to(looked.dtype)
         return words + self.out(looked.softmax(-1)[..., :-1] @ values), looked
 
-    def forward(self, words: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-        """`attend` of words (R, T, D) to image tokens (R, P, D)."""
-        return self.attend(words, *self.remember(image))
+    def scores(self, words: Tensor, keys: Tensor) -> Tensor:
+        """Words (R, T, D) and keys (R, P + 1, D) -> logits (R, T, P + 1)."""
+        return self.query(self.norm_words(words)) @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5
+
+    def forward(self, words: Tensor, image: Tensor, image_of_row: Tensor) -> tuple[Tensor, Tensor]:
+        """`attend` of words (R, T, D) to their rows' image tokens, of (B, P, D)."""
+        return self.attend(words, *self.remember(image, image_of_row))
+
+
+class Aim(Look):
+    """Look of an answer, which passes by what it has named.
+
+    Without a record of what was said about, a small model names a thing twice and forgets another. So each
+    target that is named leaves a shade on the image tokens that were looked at when it was (the coverage of
+    See et al. 2017, here taken off the logits).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.fade = nn.Parameter(torch.tensor(2.0))
+
+    @staticmethod
+    def named(looked: Tensor) -> Tensor:
+        """Logits (..., P + 1) of a look at the moment that a target is named -> what is named (..., P): each
+        image token's share, as a part of the largest."""
+        shares = looked.float().softmax(-1)
+        return shares[..., :-1] / shares.amax(-1, keepdim=True)
+
+    def pass_by(
+        self, words: Tensor, image: Tensor, image_of_row: Tensor, naming: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` of all words of answers; `naming` (R, T) is where the next token is a target's first."""
+        keys, values = self.remember(image, image_of_row)
+        named = self.named(self.scores(words, keys)) * naming.unsqueeze(-1)
+        return self.attend(words, keys, values, self.fade * (named.cumsum(1) - named))
 
 
 def look_loss(looked: Tensor, named: Tensor, image_of_row: Tensor, dense: Tensor) -> Tensor:
@@ -57,8 +95,7 @@ def look_loss(looked: Tensor, named: Tensor, image_of_row: Tensor, dense: Tensor
     """
     rows, places = (named >= 0).nonzero(as_tuple=True)
     shown = dense[image_of_row[rows]] == 1 + named[rows, places][:, None, None]
-    parts = [_aims(looked[rows, places], shown), _aims(looked[named == NOTHING], None)]
-    return torch.stack([part.sum() / max(len(part), 1) * share(len(part)) for part in parts]).sum()
+    return _means(_aims(looked[rows, places], shown), _aims(looked[named == NOTHING], None))
 
 
 def aim_loss(looked: Tensor, aimed: Tensor, masks: Tensor) -> Tensor:
@@ -68,8 +105,8 @@ def aim_loss(looked: Tensor, aimed: Tensor, masks: Tensor) -> Tensor:
     behind the last one, or IGNORED; masks (N, H, W) of the targets. Sum of the means over both.
     """
     rows, places = (aimed >= 0).nonzero(as_tuple=True)
-    parts = [_aims(looked[rows, places], masks[aimed[rows, places]]), _aims(looked[aimed == NOTHING], None)]
-    return torch.stack([part.sum() / max(len(part), 1) * share(len(part)) for part in parts]).sum()
+    shown = masks[aimed[rows, places]]
+    return _means(_aims(looked[rows, places], shown), _aims(looked[aimed == NOTHING], None))
 
 
 def _aims(looked: Tensor, shown: Tensor | None) -> Tensor:
@@ -82,3 +119,8 @@ def _aims(looked: Tensor, shown: Tensor | None) -> Tensor:
     total = cells.sum(1, keepdim=True)
     true = torch.cat([cells / total.clamp(min=1e-6), (total == 0).float()], dim=1)
     return -(true * logps).sum(1)
+
+
+def _means(*parts: Tensor) -> Tensor:
+    """Sum of the means of some losses (n,), each over what all processes have of it."""
+    return torch.stack([part.sum() / max(len(part), 1) * share(len(part)) for part in parts]).sum()

@@ -19,7 +19,7 @@ from popen.model.codebook import Codebook, token_names
 from popen.model.decoder import Neck, PixelDecoder
 from popen.model.dense import dense_head
 from popen.model.language import IMAGE, build_language, load_tokenizer
-from popen.model.look import Look
+from popen.model.look import Aim, Look
 from popen.model.published import check_llava, read_config
 from popen.model.tally import FACTS, Centres, census, facts
 from popen.model.vision import Tower
@@ -105,7 +105,7 @@ class Segmenter(nn.Module):
         self.centres = Centres(self.tower.widths, len(categories)) if params.tally else None
         self.tell = nn.Linear(FACTS, hidden) if params.tally else None
         self.look = Look(hidden) if params.tally else None
-        self.aim = Look(hidden) if params.tally else None
+        self.aim = Aim(hidden) if params.tally else None
         self.encoder = Encoder(
             tokenizer,
             names,
@@ -179,7 +179,7 @@ class Segmenter(nn.Module):
         words = self.language.get_input_embeddings()(input_ids[:, n:])
         if self.look is None or not words.shape[1]:
             return words, None
-        looking, looked = self.look(words, image.to(words.dtype).index_select(0, image_of_row))
+        looking, looked = self.look(words, image.to(words.dtype), image_of_row)
         if asked is not None:
             question = torch.arange(n, input_ids.shape[1], device=asked.device) <= asked[:, None]
             looking = torch.where(question.unsqueeze(-1), looking, words)
@@ -270,7 +270,12 @@ class Segmenter(nn.Module):
         hidden = self._hidden(batch, before, behind)
         embeddings, looked = self.segmentation_embeddings(hidden, batch, features)
         first = before.shape[1] - 1  # its state may already be what an answer begins with
-        spoken, aimed = self.speak(hidden[:, first:], image.index_select(0, batch.image_of_row))
+        spoken, aimed = self.speak(
+            hidden[:, first:],
+            image,
+            batch.image_of_row,
+            F.pad(batch.labels[:, first + 1 :] == self.encoder.first_id, (0, 1)),
+        )
         return Output(
             logits=self.causal.get_output_embeddings()(spoken[:, :-1][batch.answered[:, first:]]),
             embeddings=embeddings,
@@ -284,12 +289,14 @@ class Segmenter(nn.Module):
             aimed=aimed,
         )
 
-    def speak(self, hidden: Tensor, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states (R, t, D) and their rows' image tokens (R, P, D) -> what the head makes words of
-        (R, t, D), and where they looked for it (R, t, P + 1)."""
+    def speak(
+        self, hidden: Tensor, image: Tensor, image_of_row: Tensor, naming: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Last hidden states (R, t, D), image tokens (B, P, D) and where a target's first token comes next
+        (R, t) -> what the head makes words of (R, t, D), and where they looked for it (R, t, P + 1)."""
         if self.aim is None:
             return hidden, None
-        looking, looked = self.aim(hidden, image.to(hidden.dtype))
+        looking, looked = self.aim.pass_by(hidden, image.to(hidden.dtype), image_of_row, naming)
         return looking.to(hidden.dtype), looked
 
     def take_inventory(self, hidden: Tensor, batch: Batch) -> Tensor:

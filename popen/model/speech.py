@@ -77,8 +77,10 @@ def speak(
     cache = handed(model.open(model.prefix(image))[1], batch.image_of_row)
     mask = batch.attention_mask
     places = (mask.cumsum(1) - 1)[:, -words.shape[1] :].clamp(min=0)
-    own = image.index_select(0, batch.image_of_row)
-    aims = model.aim.remember(own) if model.aim is not None else None
+    keys = values = image.index_select(0, batch.image_of_row)
+    if model.aim is not None:
+        keys, values = model.aim.remember(image, batch.image_of_row)
+    shade = image.new_zeros((rows, 1, image.shape[1]))  # of what each row has named
 
     tokens = torch.full((rows, limit), tokenizer.pad_token_id, device=device)
     logps = torch.zeros((rows, limit), device=device)
@@ -91,12 +93,17 @@ def speak(
         ).last_hidden_state[:, -1:]
         if step:
             hidden[live, step - 1] = state[:, 0].to(hidden.dtype)
-        said = state if model.aim is None or aims is None else model.aim.attend(state, *aims)[0]
+        said = (
+            state if model.aim is None else model.aim.attend(state, keys, values, model.aim.fade * shade)[0]
+        )
         logits = head(said.to(state.dtype))[:, 0].float()
         chance = torch.cat([torch.rand(each, generator=stream) for stream in streams]).to(device)[live]
         last = choose(logits, last, codebook, image_id, temperature[live], chance)
         tokens[live[~ended], step] = last[~ended]
         logps[live, step] = logits.log_softmax(1).gather(1, last[:, None])[:, 0]
+        if model.aim is not None:
+            naming = (last == codebook[0])[:, None, None]
+            shade = shade + naming * model.aim.named(model.aim.scores(state, keys)).to(shade.dtype)
         ended = ended | (last == tokenizer.eos_token_id)
         speaking = int((~ended).sum())
         if not speaking:
@@ -106,8 +113,7 @@ def speak(
         if speaking < WORTH * len(live):
             keep = (~ended).nonzero()[:, 0]
             cache.batch_select_indices(keep)
-            live, last, ended, words, places, mask = (
-                part[keep] for part in (live, last, ended, words, places, mask)
+            live, last, ended, words, places, mask, keys, values, shade = (
+                part[keep] for part in (live, last, ended, words, places, mask, keys, values, shade)
             )
-            aims = None if aims is None else (aims[0][keep], aims[1][keep])
     return Speech(tokens[:, : step + 1], logps[:, : step + 1], hidden[:, :step])

@@ -15,7 +15,7 @@ from popen.masks import decode
 from popen.model import IGNORED
 from popen.model.batches import Batch, Row
 from popen.model.generate import generate
-from popen.model.look import NOTHING, Look, aim_loss, look_loss
+from popen.model.look import NOTHING, Aim, Look, aim_loss, look_loss
 from popen.model.losses import sft_loss, token_logps
 from popen.model.segmenter import Segmenter
 from popen.samples import Sample
@@ -24,7 +24,7 @@ from tests.conftest import WEIGHTS
 
 def test_at_first_words_stay_what_they_are() -> None:
     words, image = torch.randn(2, 5, 8), torch.randn(2, 9, 8)
-    read, looked = Look(8)(words, image)
+    read, looked = Look(8)(words, image, torch.arange(2))
     assert torch.equal(read, words)
     assert looked.shape == (2, 5, 10)
 
@@ -34,14 +34,14 @@ def test_a_word_reads_where_it_looks_and_nothing_at_the_sink() -> None:
     look = Look(6)
     torch.nn.init.normal_(look.out.weight)
     words, image = torch.randn(3, 2, 6), torch.randn(3, 4, 6)
-    read, looked = look(words, image)
+    read, looked = look(words, image, torch.arange(3))
     values = look.out(look.value(look.norm_image(image)))
     torch.testing.assert_close(read - words, looked.softmax(-1)[..., :4] @ values)
     with torch.no_grad():
         look.query.weight.zero_()
         look.query.bias.copy_(torch.ones(6))
         look.sink.fill_(100.0)  # all that is asked for is there
-    assert torch.equal(look(words, image)[0], words)
+    assert torch.equal(look(words, image, torch.arange(3))[0], words)
 
 
 def test_look_loss_by_hand() -> None:
@@ -134,6 +134,24 @@ def test_aim_loss_by_hand() -> None:
     loss = aim_loss(torch.log(torch.tensor(p)), aimed, masks)
     assert float(loss) == pytest.approx(-(math.log(0.5) + math.log(0.3)) / 2 - math.log(0.2))
     assert float(aim_loss(torch.log(torch.tensor(p)), torch.full_like(aimed, IGNORED), masks)) == 0.0
+
+
+def test_an_answer_passes_by_what_it_has_named() -> None:
+    torch.manual_seed(0)
+    aim = Aim(6)
+    words, image = torch.randn(2, 5, 6), torch.randn(2, 4, 6)
+    rows = torch.arange(2)
+    _, plain = aim(words, image, rows)
+    naming = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
+    _, looked = aim.pass_by(words, image, rows, naming)
+    torch.testing.assert_close(looked[1], plain[1])  # it has named nothing
+    torch.testing.assert_close(looked[0, :2], plain[0, :2])  # so has this one when it names its first
+    shares = plain[0].softmax(-1)
+    first, second = (shares[at, :4] / shares[at].max() for at in (1, 3))
+    taken = (plain - looked)[0, :, :4] / aim.fade
+    torch.testing.assert_close(taken[2:4], first.expand(2, 4))
+    torch.testing.assert_close(taken[4], first + second)
+    torch.testing.assert_close(looked[..., 4], plain[..., 4])  # the sink is never used up
 
 
 def test_an_answer_aims_at_the_target_that_it_comes_to(
