@@ -1,8 +1,10 @@
 """The ensemble at work: M members answer, the best text is kept, the members' embeddings refine its masks.
 
-1. Member 0 answers greedily from the clean image, the others sample from perturbed copies.
+1. Member 0 answers greedily, the others sample, all from the clean image: noise in it costs more quality than
+   it adds variety (docs/results.md).
 2. Every answer is scored (`popen.ensemble.score`); the best one is the ensemble's text.
-3. That text is fed with every member's image, so that the M embeddings of a target are aligned.
+3. That text is fed with every member's image (perturbed, but for member 0's), so that the M embeddings of a
+   target are aligned.
 4. Attention over them refines the clean image's embedding; its mask is decoded from the clean image.
 
 Shapes: R questions, M members, N targets of the kept answers (flat), S scales, C width, H W mask size.
@@ -35,7 +37,7 @@ from popen.preference.masks import noise_rectangles
 
 @dataclass(frozen=True)
 class Members:
-    """What M members say to R questions about as many images."""
+    """What M members say to R questions about as many images, and the copies in which they see them."""
 
     answers: list[list[Answer]]  # M lists of R
     pixels: Tensor  # (M, R, 3, H, W); member 0 clean
@@ -65,13 +67,11 @@ def ask(
         views.append(noise_rectangles(clean, 1, 1, params.sigma, params.side, generator))
     pixels, warmth = torch.stack(views), params.temperature
     if together:
-        answers = generate_members(model, images, rows, max_new_tokens, warmth, seed, pixels)
+        answers = generate_members(model, images, rows, max_new_tokens, warmth, seed, members)
     else:
         answers = [generate(model, images, rows, max_new_tokens)]
         for member in range(1, members):
-            answers.append(
-                generate(model, images, rows, max_new_tokens, warmth, seed + member, views[member])
-            )
+            answers.append(generate(model, images, rows, max_new_tokens, warmth, seed + member))
     if reference is None:
         told = [_features([said[row] for said in answers], threshold) for row in range(len(rows))]
         features = np.array(told).reshape(len(rows), members, len(FEATURES))

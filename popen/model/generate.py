@@ -33,15 +33,9 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    pixels: Tensor | None = None,
 ) -> list[Answer]:
-    """Answer every row. Greedy at temperature 0, else sampled under `seed` (same seed, same answers).
-
-    `pixels` (B, 3, H, W) replaces the images' pixels (perturbed members of an ensemble).
-    """
+    """Answer every row. Greedy at temperature 0, else sampled under `seed` (same seed, same answers)."""
     batch = model.encoder.batch(images, [Row(row.image, row.question) for row in rows])
-    if pixels is not None:
-        batch = batch.with_images(pixels)
     return _generate(model, batch.to(model.device), max_new_tokens, [Member(temperature, seed)])
 
 
@@ -53,16 +47,17 @@ def generate_members(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    views: Tensor,
+    members: int,
 ) -> list[list[Answer]]:
     """What M members say, in one pass over all: M lists of an answer a row.
 
-    `views` (M, B, 3, H, W): member 0 answers greedily about views[0], member m what `generate` would sample
-    about views[m] under `seed` + m. A word takes a large model about as long for all members as for one.
+    Member 0 answers greedily, member m as `generate` would sample under `seed` + m. A word takes a large
+    model about as long for all members as for one.
     """
-    batch = model.encoder.batch(images, [Row(row.image, row.question) for row in rows]).repeated(views)
-    members = [Member(temperature * (number > 0), seed + number) for number in range(len(views))]
-    said = _generate(model, batch.to(model.device), max_new_tokens, members)
+    asked = [Row(row.image, row.question) for row in rows] * members
+    batch = model.encoder.batch(images, asked).to(model.device)
+    drawn = [Member(temperature * (number > 0), seed + number) for number in range(members)]
+    said = _generate(model, batch, max_new_tokens, drawn)
     return [said[start : start + len(rows)] for start in range(0, len(said), len(rows))]
 
 

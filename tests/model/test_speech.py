@@ -68,8 +68,7 @@ def test_what_a_row_says_does_not_depend_on_the_others(
     features = taught.tower(batch.images)
     speech = speak(taught, batch, features, 24, [Member(temperature, 4)])
     end = taught.tokenizer.eos_token_id
-    for row, answer in enumerate(together):
-        said = speech.tokens[row].tolist()
+    for said, answer in zip(speech.tokens.tolist(), together, strict=True):
         assert said[: len(answer.token_ids)] == answer.token_ids
         if end in said:  # else it was cut off
             assert set(said[said.index(end) + 1 :]) <= {taught.tokenizer.pad_token_id}
