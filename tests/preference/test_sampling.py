@@ -21,7 +21,7 @@ from popen.preference.text import correct
 from popen.samples import Sample
 
 Data = tuple[Path, list[Sample]]
-TEXT = TextPreferenceParams(samples=2, temperature=1.0)
+TEXT = TextPreferenceParams(samples=2, temperature=1.5)
 MASKS = MaskPreferenceParams(
     perturbed=8, rectangles=1, sigma=0.6, side=(0.2, 0.5), margin=0.01, area_ratio=3.0
 )
