@@ -146,6 +146,16 @@ def test_member_zero_is_clean_and_greedy_and_the_others_are_drawn(taught: Segmen
     np.testing.assert_allclose(fewer.features[..., :2], said.features[:, :2, :2], atol=1e-5)  # not agreement
 
 
+def test_words_come_from_the_clean_image(taught: Segmenter, asked: Asked) -> None:
+    loud, none = (
+        ask(taught, None, *asked, PARAMS.model_copy(update={"sigma": sigma}), 4, LENGTH, 0.0, 0)
+        for sigma in (50.0, 0.0)
+    )
+    assert not torch.equal(loud.pixels, none.pixels)
+    assert [[a.text for a in m] for m in loud.answers] == [[a.text for a in m] for m in none.answers]
+    np.testing.assert_allclose(loud.features, none.features)
+
+
 def test_features_are_what_their_names_say(taught: Segmenter, asked: Asked) -> None:
     said = say(taught, asked)
     assert said.features.shape == (3, 3, len(FEATURES))
