@@ -219,7 +219,6 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 def _alive(process: subprocess.Popen[bytes]) -> bool:
     """Whether a process of the group still runs (a zombie that its parent has not asked for does not)."""
-    process.poll()
     try:
         os.killpg(process.pid, 0)
     except ProcessLookupError:
@@ -230,4 +229,5 @@ def _alive(process: subprocess.Popen[bytes]) -> bool:
                 return True
         except ProcessLookupError:
             continue
+    process.poll()  # last: DVC takes a lock for held as long as its holder is so much as a zombie
     return False

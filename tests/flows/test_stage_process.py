@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -152,6 +154,13 @@ def test_an_error_of_the_listener_ends_it_too(make: Make) -> None:
         reproduce(root, "a", refuse, stop=threading.Event())
     assert not sleepers("7774")
     assert run(make_cheap(root), "a")[0] is Outcome.RAN  # and no lock is left behind
+
+
+def test_what_has_just_ended_is_no_zombie_afterwards() -> None:
+    process = subprocess.Popen(["true"], start_new_session=True)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended and nobody has asked for it
+    stage_process._end_group(process)
+    assert not psutil.pid_exists(process.pid)
 
 
 def make_cheap(root: Path) -> Path:
