@@ -7,7 +7,6 @@ is killed outright, nobody else is left to stop the stage.
 from __future__ import annotations
 
 import codecs
-import ctypes
 import os
 import re
 import select
@@ -23,13 +22,13 @@ from pathlib import Path
 
 import psutil
 
+from popen.orphans import end_with
+
 GRACE = 20.0  # seconds from SIGTERM to SIGKILL: a stage ends its MLflow run in that time
 FREE_SPACE = "the disk is full, free space and start the run again"
 _TAIL = 20  # lines that an error holds
 _PROGRESS_EVERY = 10.0  # seconds between two states of one progress bar
 _POLL = 0.2  # seconds in which a stop is noticed
-_PR_SET_PDEATHSIG = 1  # prctl(2)
-_prctl = ctypes.CDLL(None).prctl  # looked up here: a forked child must do as little as it can
 
 # How DVC words that the command of the stage failed. Everything about it is the stage's own affair.
 _COMMAND_FAILED = "failed to run: "
@@ -199,8 +198,7 @@ class _Lines:
 
 def _die_with(parent: int) -> Callable[[], None]:
     def ask() -> None:
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died just before
+        if not end_with(parent, signal.SIGTERM):
             os._exit(143)
 
     return ask

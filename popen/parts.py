@@ -6,7 +6,6 @@ own number, so the results do not either. A stage that was killed goes on behind
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -20,10 +19,9 @@ from typing import Any, Generic, TypeVar
 from tqdm import tqdm
 
 from popen import devices
+from popen.orphans import end_with
 
 T = TypeVar("T")
-
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True)
@@ -119,8 +117,7 @@ def _fork(work: Callable[[Sequence[int]], None], share: Sequence[int]) -> int:
         return child
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == parent:  # else it died just before
+        if end_with(parent, signal.SIGKILL):
             work(share)
     finally:
         os._exit(0)

@@ -37,10 +37,9 @@ from popen.preference.masks import noise_rectangles
 
 @dataclass(frozen=True)
 class Members:
-    """What M members say to R questions about as many images, and the copies in which they see them."""
+    """What M members say to R questions about as many images."""
 
     answers: list[list[Answer]]  # M lists of R
-    pixels: Tensor  # (M, R, 3, H, W); member 0 clean
     features: np.ndarray[Any, np.dtype[np.float64]]  # (R, M, F), see `score.FEATURES` and `score.REWARD`
 
 
@@ -60,12 +59,7 @@ def ask(
     """Let `members` answer each question about its image. With a `reference`, the model before alignment,
     their features are REWARD, else FEATURES. `together`: see Ensemble."""
     rows = [Row(index, question) for index, question in enumerate(questions)]
-    clean = model.encoder.batch(images, rows).images
-    views = [clean]
-    for member in range(1, members):
-        generator = torch.Generator().manual_seed(seed + member)
-        views.append(noise_rectangles(clean, 1, 1, params.sigma, params.side, generator))
-    pixels, warmth = torch.stack(views), params.temperature
+    warmth = params.temperature
     if together:
         answers = generate_members(model, images, rows, max_new_tokens, warmth, seed, members)
     else:
@@ -78,7 +72,7 @@ def ask(
     else:
         rewards = [implicit_rewards(model, reference, images, questions, said) for said in answers]
         features = np.array(rewards).T[..., None]
-    return Members(answers, pixels, features)
+    return Members(answers, features)
 
 
 def _features(said: Sequence[Answer], threshold: float) -> list[tuple[float, ...]]:
@@ -108,6 +102,16 @@ def implicit_rewards(
     return (means[0] - means[1]).tolist()
 
 
+def copies(clean: Tensor, params: EnsembleParams, members: int, seed: int) -> Tensor:
+    """Images (R, 3, H, W) -> what each member sees (M, R, 3, H, W): member 0 the images, each other one noise
+    in a rectangle of them."""
+    views = [clean]
+    for member in range(1, members):
+        generator = torch.Generator().manual_seed(seed + member)
+        views.append(noise_rectangles(clean, 1, 1, params.sigma, params.side, generator))
+    return torch.stack(views)
+
+
 @dataclass(frozen=True)
 class Aligned:
     """The kept answers of R questions, their targets seen by every member."""
@@ -134,20 +138,22 @@ def align(
         Row(i, question, text, [np.zeros((size, size), dtype=bool)] * text.count("{seg}"))
         for i, (question, text) in enumerate(zip(questions, texts, strict=True))
     ]
-    batch = model.encoder.batch(images, rows).to(model.device)
+    batch, pixels = model.encoder.batch(images, rows).to(model.device), pixels.to(model.device)
     by_row = torch.from_numpy(scores).float().to(model.device)
     if together:
-        every = batch.repeated(pixels.to(model.device))
+        every = batch.repeated(pixels)
         levels = model.tower(every.images)
         found, _ = model.segmentation_embeddings(model.hidden(every, levels), every, levels)
         features = [list(view) for view in zip(*(level.split(len(images)) for level in levels), strict=True)]
         embeddings = found.view(len(pixels), len(batch.row_of_target), *found.shape[1:]).transpose(0, 1)
     else:
-        features = [model.tower(view.to(model.device)) for view in pixels]
-        embeddings = torch.stack(
-            [model.segmentation_embeddings(model.hidden(batch, seen), batch, seen)[0] for seen in features],
-            dim=1,
-        )
+        seen = [batch.with_images(view) for view in pixels]
+        features = [model.tower(copy.images) for copy in seen]
+        each = [
+            model.segmentation_embeddings(model.hidden(copy, levels), copy, levels)[0]
+            for copy, levels in zip(seen, features, strict=True)
+        ]
+        embeddings = torch.stack(each, dim=1)
     return Aligned(batch, embeddings, features, by_row[batch.row_of_target])
 
 
@@ -230,7 +236,8 @@ class Ensemble:
         scores = self.score(said.features)
         kept = [said.answers[best][row] for row, best in enumerate(scores.argmax(1).tolist())]
         texts = [answer.text for answer in kept]
-        aligned = align(self.model, images, questions, texts, said.pixels, scores, self.together)
+        pixels = copies(self.model.encoder.pixels(images), self.params, members, seed)
+        aligned = align(self.model, images, questions, texts, pixels, scores, self.together)
         return kept, aligned
 
     @torch.no_grad()

@@ -167,12 +167,16 @@ class Encoder:
         spelled = spell(" " + answer, self.codebook)
         return [*self.tokenizer.encode(spelled, add_special_tokens=False), self.tokenizer.eos_token_id]
 
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Images -> (B, 3, H, W) in [0, 1]."""
+        arrays = np.stack([image_array(image, self.size) for image in images])
+        return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
+
     def batch(
         self, images: Sequence[Image.Image], rows: Sequence[Row], dense: Sequence[Sample] = ()
     ) -> Batch:
         """Encode. `dense`, one sample an image, asks for labels of its pixels, its things' centres and the
         words of questions and answers, made of its objects and of the rows' masks."""
-        pixels = np.stack([image_array(image, self.size) for image in images])
         prefix, forced = self.prefix_ids, set(self.tokenizer.convert_tokens_to_ids(self.codebook[1:]))
         prompts = [self.question_ids(row.question) for row in rows]
         answers = [[] if row.answer is None else self.answer_ids(row.answer) for row in rows]
@@ -221,7 +225,7 @@ class Encoder:
         labelled = [dense_labels(sample, self.categories, self.size) for sample in dense]
         centres = [centre_labels(sample, self.categories, self.grid) for sample in dense]
         return Batch(
-            images=torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255,
+            images=self.pixels(images),
             image_of_row=torch.tensor([row.image for row in rows]),
             input_ids=ids,
             attention_mask=attention,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +20,12 @@ from popen.model.dense import dense_head
 from popen.model.language import IMAGE, build_language, load_tokenizer
 from popen.model.look import Aim, Look
 from popen.model.published import check_llava, read_config
-from popen.model.tally import FACTS, Centres, census, facts
+from popen.model.states import last_states
+from popen.model.tally import FACTS, Centres, census, colours, facts
 from popen.model.vision import Tower
 from popen.params import ModelParams
 
-if TYPE_CHECKING:
-    from transformers import DynamicCache
-
 COUNTED = 3  # of a kind, up to which number the inventory counts
-PARTS = 3  # of a batch's rows, sorted by length; a GPU loses more by launching than by padding
 
 
 @dataclass(frozen=True)
@@ -56,13 +52,6 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.mlp(F.pixel_unshuffle(features, self.shuffle).flatten(2).transpose(1, 2))
-
-
-def handed(seen: Sequence[tuple[Tensor, Tensor]], image_of_row: Tensor) -> DynamicCache:
-    """Keys and values of images' prefixes (B, heads, n, d) -> a cache for the rows behind them."""
-    from transformers import DynamicCache
-
-    return DynamicCache([tuple(part.index_select(0, image_of_row) for part in layer) for layer in seen])
 
 
 class Segmenter(nn.Module):
@@ -134,11 +123,11 @@ class Segmenter(nn.Module):
         """Tokens of question and answer together that the language model can read behind an image."""
         return int(self.causal.config.max_position_embeddings) - len(self.encoder.prefix_ids)
 
-    def image_tokens(self, features: list[Tensor]) -> Tensor:
-        """Features of B images -> what the LM reads of them (B, P, D)."""
+    def image_tokens(self, images: Tensor, features: list[Tensor]) -> Tensor:
+        """Images (B, 3, H, W) and their features -> what the LM reads of them (B, P, D)."""
         if self.centres is None:
-            return self._tokens(features, None, None)
-        return self._tokens(features, self.dense(self.neck(features)[-1]), self.find(features))
+            return self._tokens(images, features, None, None)
+        return self._tokens(images, features, self.dense(self.neck(features)[-1]), self.find(features))
 
     def find(self, features: list[Tensor]) -> Tensor | None:
         """Features of B images -> the map of the things' centres (B, categories, h, w), where there is a
@@ -148,14 +137,17 @@ class Segmenter(nn.Module):
         with torch.autocast(features[0].device.type, enabled=False):  # in bfloat16 a peak ties with its slope
             return cast(Tensor, self.centres([level.float() for level in features]))
 
-    def _tokens(self, features: list[Tensor], dense: Tensor | None, centres: Tensor | None) -> Tensor:
+    def _tokens(
+        self, images: Tensor, features: list[Tensor], dense: Tensor | None, centres: Tensor | None
+    ) -> Tensor:
         tokens: Tensor = self.projector(features[0])
         if self.tell is None or dense is None or centres is None:
             return tokens
         grid = self.tower.grids[0] // self.params.vision.shuffle
         with torch.no_grad():  # what is told is read off: no gradient of the words reaches what counts
-            shares = F.adaptive_avg_pool2d(dense.float().softmax(1)[:, 1:], grid).flatten(2)
-            told = facts(census(centres), shares)
+            kinds = dense.float().softmax(1)[:, 1:]
+            shares = F.adaptive_avg_pool2d(kinds, grid).flatten(2)
+            told = facts(census(centres), shares, colours(images, kinds.sum(1, keepdim=True), grid))
         return tokens + self.tell(told)
 
     def prefix(self, image: Tensor) -> Tensor:
@@ -187,57 +179,13 @@ class Segmenter(nn.Module):
 
     def hidden(self, batch: Batch, features: list[Tensor]) -> Tensor:
         """Last hidden states of the LM (R, T, D)."""
-        image = self.image_tokens(features)
+        image = self.image_tokens(batch.images, features)
         behind, _ = self.read(batch.input_ids, image, batch.image_of_row, batch.asked)
         return self._hidden(batch, self.prefix(image), behind)
 
     def _hidden(self, batch: Batch, before: Tensor, behind: Tensor) -> Tensor:
-        """Embeddings of the images' prefixes (B, n, D) and of what stands behind them (R, T', D) -> last
-        hidden states (R, T, D).
-
-        Rows that share an image share its tokens' pass: the prefix runs once an image, and its keys and
-        values are handed to the rows. Those run in parts of about equal length, without the padding that
-        the batch's longest row asks of all. The same numbers as a pass over whole rows, for less work.
-        Under gradient checkpointing there is no cache to share, and training passes over whole rows.
-        """
-        places = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
-        if self.training and self.params.language.checkpointing:
-            whole = self.causal.base_model(
-                inputs_embeds=torch.cat([before.index_select(0, batch.image_of_row), behind], dim=1),
-                attention_mask=batch.attention_mask,
-                position_ids=places,
-                use_cache=False,
-            )
-            return cast(Tensor, whole.last_hidden_state)
-        n = before.shape[1]
-        opening, seen = self.open(before)
-        lengths = batch.attention_mask[:, n:].sum(1)
-        order = lengths.argsort()
-        done: list[Tensor] = []
-        for rows in order.chunk(1 if order.is_cuda else PARTS):
-            start = behind.shape[1] - int(lengths[rows].max())
-            image_of = batch.image_of_row[rows]
-            rest = self.causal.base_model(
-                inputs_embeds=behind[rows, start:],
-                attention_mask=torch.cat(
-                    [batch.attention_mask[rows, :n], batch.attention_mask[rows, n + start :]], dim=1
-                ),
-                position_ids=places[rows, n + start :],
-                cache=handed(seen, image_of),
-                use_cache=True,
-            )
-            done.append(F.pad(rest.last_hidden_state, (0, 0, start, 0)))
-        last = torch.cat(done).index_select(0, order.argsort())
-        return torch.cat([opening.index_select(0, batch.image_of_row), last], dim=1)
-
-    def open(self, before: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Embeddings of images' prefixes (B, n, D) -> their last hidden states (B, n, D), and each layer's
-        keys and values, for `handed`."""
-        images, n = before.shape[:2]
-        places = torch.arange(n, device=before.device).expand(images, n)
-        opening = self.causal.base_model(inputs_embeds=before, position_ids=places, use_cache=True)
-        seen = [(layer.keys, layer.values) for layer in opening.past_key_values.layers]
-        return opening.last_hidden_state, seen
+        whole = self.training and self.params.language.checkpointing
+        return last_states(self.causal, batch, before, behind, whole)
 
     def segmentation_embeddings(
         self, hidden: Tensor, batch: Batch, features: list[Tensor]
@@ -264,7 +212,7 @@ class Segmenter(nn.Module):
         supervised = batch.dense is not None
         dense = self.dense(levels[-1]) if supervised or self.centres is not None else None
         centres = self.find(features)
-        image = self._tokens(features, dense, centres)
+        image = self._tokens(batch.images, features, dense, centres)
         behind, sought = self.read(batch.input_ids, image, batch.image_of_row, batch.asked)
         before = self.prefix(image)
         hidden = self._hidden(batch, before, behind)

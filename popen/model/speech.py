@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from popen.model.batches import Batch
-from popen.model.segmenter import Segmenter, handed
+from popen.model.segmenter import Segmenter
+from popen.model.states import handed, read_images
 
 WORTH = 0.8  # rows that have ended are dropped when less than this part of the batch still speaks
 
@@ -38,15 +39,15 @@ class Speech:
 
 
 def choose(
-    logits: Tensor, last: Tensor, codebook: Sequence[int], image_id: int, temperature: Tensor, chance: Tensor
+    logits: Tensor, last: Tensor, codebook: Sequence[int], never: Tensor, temperature: Tensor, chance: Tensor
 ) -> Tensor:
     """Each row's next token (R,). Codebook tokens come as whole targets, the others following the first in
-    order; image tokens never.
+    order.
 
-    logits (R, V); last (R,), the token before; temperature (R,), 0 for the likeliest; chance (R,) in [0, 1)
-    decides a draw: the token at which the distribution function passes it.
+    logits (R, V); last (R,), the token before; never (n,), tokens that are not chosen; temperature (R,), 0
+    for the likeliest; chance (R,) in [0, 1) decides a draw: the token at which the distribution function
+    passes it.
     """
-    never = torch.tensor([*codebook[1:], image_id], device=logits.device)
     logits = logits.index_fill(1, never, -torch.inf)
     chosen = logits.argmax(1)
     if temperature.any():
@@ -65,16 +66,17 @@ def speak(
 ) -> Speech:
     """Answer the prompts of a batch in at most `limit` tokens, given the tower's features of its images."""
     device, rows = batch.input_ids.device, len(batch.input_ids)
-    tokenizer, image_id = model.tokenizer, model.encoder.image_id
+    tokenizer = model.tokenizer
     codebook = tokenizer.convert_tokens_to_ids(model.encoder.codebook)
+    never = torch.tensor([*codebook[1:], model.encoder.image_id], device=device)
     head, embeddings = model.causal.get_output_embeddings(), model.causal.get_input_embeddings()
     each = rows // len(members)
     streams = [torch.Generator().manual_seed(member.seed) for member in members]
     temperature = torch.tensor([member.temperature for member in members]).repeat_interleave(each).to(device)
 
-    image = model.image_tokens(features)
+    image = model.image_tokens(batch.images, features)
     words, _ = model.read(batch.input_ids, image, batch.image_of_row)
-    cache = handed(model.open(model.prefix(image))[1], batch.image_of_row)
+    cache = handed(read_images(model.causal, model.prefix(image))[1], batch.image_of_row)
     mask = batch.attention_mask
     places = (mask.cumsum(1) - 1)[:, -words.shape[1] :].clamp(min=0)
     keys = values = image.index_select(0, batch.image_of_row)
@@ -98,7 +100,7 @@ def speak(
         )
         logits = head(said.to(state.dtype))[:, 0].float()
         chance = torch.cat([torch.rand(each, generator=stream) for stream in streams]).to(device)[live]
-        last = choose(logits, last, codebook, image_id, temperature[live], chance)
+        last = choose(logits, last, codebook, never, temperature[live], chance)
         tokens[live[~ended], step] = last[~ended]
         logps[live, step] = logits.log_softmax(1).gather(1, last[:, None])[:, 0]
         if model.aim is not None:

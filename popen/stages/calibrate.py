@@ -9,29 +9,82 @@ metrics/ensemble.json             members against quality and seconds, and the m
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import pickle
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from popen.stages.run import Run, stage
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
     from popen.ensemble.attention import RefinementAttention
-    from popen.ensemble.members import Ensemble
+    from popen.ensemble.members import Aligned, Ensemble
     from popen.ensemble.score import Score
+    from popen.evaluation.answering import Timed
     from popen.evaluation.prediction import Prediction
-    from popen.model.generate import Answer
+    from popen.model.batches import Batch
     from popen.model.segmenter import Segmenter
+    from popen.parts import Parts
     from popen.samples import Sample
+
+T = TypeVar("T")
 
 SIZES = (1, 2, 4, 8)  # ensemble sizes of the report's figure
 MODES = ("attention", "mean", "best", "probability")
 ATTENTION_BATCHES = 20  # of 16 questions each
 
 
-def best_threshold(
-    found: Sequence[tuple[Sample, Answer, float]], levels: Sequence[float]
-) -> tuple[float, float]:
+class Shared:
+    """Batches of answers that the machine's cores share; a stage that was killed goes on behind the last."""
+
+    def __init__(self, run: Run, cores: int) -> None:
+        self._run, self._cores = run, cores
+        self._done: list[Parts[Any]] = []
+
+    def __call__(
+        self,
+        name: str,
+        inputs: Sequence[Path],
+        settings: Sequence[object],
+        numbers: range,
+        make: Callable[[int], Iterable[T]],
+    ) -> list[T]:
+        """What `make` returns for each of `numbers`. `inputs` and `settings` decide it (see `kept_parts`)."""
+        from popen.parts import in_batches
+        from popen.stages.learning import kept_parts
+
+        settings = [name, *settings, self._run.params.evaluate.max_new_tokens]
+        parts: Parts[T] = kept_parts(self._run, inputs, settings, _write, _read, self._cores)
+        self._done.append(parts)
+        return list(in_batches(numbers, make, f"calibrate {name}", parts))
+
+    def clear(self) -> None:
+        for parts in self._done:
+            parts.clear()
+
+
+def _write(path: Path, records: list[T]) -> None:
+    path.write_bytes(pickle.dumps(records))
+
+
+def _read(path: Path) -> list[Any]:
+    found: list[Any] = pickle.loads(path.read_bytes())
+    return found
+
+
+def _images(run: Run, asked: Sequence[Sample]) -> list[Image]:
+    from popen.data.images import open_image
+
+    return [open_image(Path(run.params.data.root), s.image, run.params.data.max_pixels) for s in asked]
+
+
+def best_threshold(found: Sequence[Timed], levels: Sequence[float]) -> tuple[float, float]:
     """The threshold with the highest gIoU (union of an answer's masks) and that gIoU."""
     from popen.evaluation.answering import prediction
     from popen.evaluation.benchmark import METRICS, rows
@@ -45,87 +98,77 @@ def best_threshold(
     return best[2], best[0]
 
 
-def fit_score(model: Segmenter, run: Run, asked: Sequence[Sample], threshold: float) -> tuple[Score, float]:
-    """The preference score fitted on the members' answers to validation questions, and its correlation."""
+def member_figures(
+    model: Segmenter, run: Run, asked: Sequence[Sample], threshold: float, start: int
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Of each question of the batch that begins at `start`: the members' features (M, F) and their answers'
+    matched IoU (M,)."""
     import numpy as np
 
-    from popen.data.images import open_image
     from popen.ensemble.members import ask
-    from popen.ensemble.score import correlation, fit
     from popen.evaluation.answering import prediction
     from popen.evaluation.benchmark import rows
 
-    params, size = run.params, run.params.evaluate.batch
-    features, quality = [], []
-    for start in range(0, len(asked), size):
-        part = asked[start : start + size]
-        images = [open_image(Path(params.data.root), s.image, params.data.max_pixels) for s in part]
-        said = ask(
-            model,
-            None,
-            images,
-            [sample.question for sample in part],
-            params.ensemble,
-            params.ensemble.members,
-            params.evaluate.max_new_tokens,
-            threshold,
-            params.seed + start,
-        )
-        features.append(said.features)
-        predictions = [
-            [prediction(s, a, threshold, 0.0) for s, a in zip(part, answers, strict=True)]
-            for answers in said.answers
-        ]
-        quality.append(np.stack([rows(part, member)["matched"].to_numpy(float) for member in predictions], 1))
-    x, y = np.concatenate(features), np.concatenate(quality)
-    score = fit(x, y)
-    return score, correlation(score(x), y)
+    params, part = run.params, asked[start : start + run.params.evaluate.batch]
+    said = ask(
+        model,
+        None,
+        _images(run, part),
+        [sample.question for sample in part],
+        params.ensemble,
+        params.ensemble.members,
+        params.evaluate.max_new_tokens,
+        threshold,
+        params.seed + start,
+    )
+    predictions = [
+        [prediction(s, a, threshold, 0.0) for s, a in zip(part, answers, strict=True)]
+        for answers in said.answers
+    ]
+    quality = np.stack([rows(part, member)["matched"].to_numpy(float) for member in predictions], axis=1)
+    return list(zip(said.features, quality, strict=True))
 
 
-def train_attention(
-    model: Segmenter, score: Score, run: Run, threshold: float, reference: Segmenter | None
-) -> RefinementAttention:
-    """Train the attention alone, on the preference split: true answers, M perturbed views, mask loss."""
+def seen_by_members(
+    model: Segmenter,
+    score: Score,
+    run: Run,
+    threshold: float,
+    reference: Segmenter | None,
+    part: list[Sample],
+    seed: int,
+) -> tuple[Aligned, Batch]:
+    """The true answers to some questions as the members see them, and what their masks are to be."""
+    from popen.ensemble.members import align, ask, copies
+    from popen.stages.learning import sample_row
+
+    params, images, questions = run.params, _images(run, part), [sample.question for sample in part]
+    members, tokens = params.ensemble.members, params.evaluate.max_new_tokens
+    said = ask(model, reference, images, questions, params.ensemble, members, tokens, threshold, seed)
+    pixels = copies(model.encoder.pixels(images), params.ensemble, members, seed)
+    aligned = align(model, images, questions, [s.answer for s in part], pixels, score(said.features))
+    rows = [sample_row(sample, index) for index, sample in enumerate(part)]
+    return aligned, model.encoder.batch(images, rows).to(model.device)
+
+
+def train_attention(model: Segmenter, run: Run, seen: Sequence[tuple[Aligned, Batch]]) -> RefinementAttention:
+    """Train the attention alone, on the preference split: true answers, M perturbed views, mask loss. The
+    members are asked once, the attention sees them several times."""
     import torch
-    from tqdm import tqdm
 
-    from popen.data.images import open_image
     from popen.ensemble.attention import RefinementAttention
-    from popen.ensemble.members import align, ask
     from popen.model.losses import mask_loss
-    from popen.stages.learning import pair_plan, sample_row, samples
 
-    params = run.params
+    weights = run.params.sft.loss
     attention = RefinementAttention(model.codebook.scales, model.params.decoder.width).to(model.device)
     optimizer = torch.optim.Adam(attention.parameters(), lr=1e-2)
-    asked = [sample for sample in samples("preference") if sample.targets]
-    plan = pair_plan(asked, params.seed)
     model.requires_grad_(False)
-    seen = []  # the members are asked once, the attention sees them several times
-    for number in tqdm(range(min(ATTENTION_BATCHES, params.ensemble.steps)), desc="members", unit="batch"):
-        part = [plan(number * 16 + place) for place in range(16)]
-        images = [open_image(Path(params.data.root), s.image, params.data.max_pixels) for s in part]
-        questions = [sample.question for sample in part]
-        said = ask(
-            model,
-            reference,
-            images,
-            questions,
-            params.ensemble,
-            params.ensemble.members,
-            params.evaluate.max_new_tokens,
-            threshold,
-            params.seed + number,
-        )
-        aligned = align(model, images, questions, [s.answer for s in part], said.pixels, score(said.features))
-        rows = [sample_row(sample, index) for index, sample in enumerate(part)]
-        seen.append((aligned, model.encoder.batch(images, rows).to(model.device)))
-    for step in range(params.ensemble.steps):
+    for step in range(run.params.ensemble.steps):
         aligned, supervised = seen[step % len(seen)]
         refined = attention(aligned.embeddings, aligned.scores)
         masks = model.decode(refined, aligned.features[0], supervised.images, supervised.image_of_target)
-        parts = mask_loss(masks, supervised, params.sft.loss)
-        loss = params.sft.loss.bce * parts["bce"] + params.sft.loss.dice * parts["dice"]
+        parts = mask_loss(masks, supervised, weights)
+        loss = weights.bce * parts["bce"] + weights.dice * parts["dice"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -134,99 +177,129 @@ def train_attention(
     return attention.eval()
 
 
-def tried(ensemble: Ensemble, run: Run, asked: Sequence[Sample], count: int) -> list[dict[str, Any]]:
-    """Figures of `count` members on validation: in the chosen mode, and in every mode at the chosen count."""
-    import time
-
-    from tqdm import tqdm
-
-    from popen.data.images import open_image
+def tried(
+    ensemble: Ensemble, run: Run, asked: Sequence[Sample], count: int, start: int
+) -> list[tuple[int, str, Prediction]]:
+    """What `count` members answer to the batch that begins at `start`: in the chosen mode, and in every mode
+    at the chosen count."""
     from popen.evaluation.answering import prediction
+
+    params, part, began = run.params, asked[start : start + run.params.evaluate.batch], time.perf_counter()
+    questions, tokens = [sample.question for sample in part], params.evaluate.max_new_tokens
+    gathered = ensemble.gather(_images(run, part), questions, count, tokens, params.seed + start)
+    shared = time.perf_counter() - began
+    found = []
+    for mode in MODES if count == params.ensemble.members else (params.ensemble.mode,):
+        began = time.perf_counter()
+        answers = ensemble.refined(*gathered, mode)
+        seconds = (shared + time.perf_counter() - began) / len(part)
+        found += [
+            (count, mode, prediction(s, a, ensemble.threshold, seconds))
+            for s, a in zip(part, answers, strict=True)
+        ]
+    return found
+
+
+def compared(asked: Sequence[Sample], found: Sequence[tuple[int, str, Prediction]]) -> list[dict[str, Any]]:
+    """Figures of every number of members and mode that was tried."""
     from popen.evaluation.benchmark import rows, summarise
 
-    params, size = run.params, run.params.evaluate.batch
-    modes = MODES if count == params.ensemble.members else (params.ensemble.mode,)
-    found: dict[str, list[Prediction]] = {mode: [] for mode in modes}
-    for start in tqdm(range(0, len(asked), size), desc=f"calibrate {count} members", unit="batch"):
-        part, began = asked[start : start + size], time.perf_counter()
-        images = [open_image(Path(params.data.root), s.image, params.data.max_pixels) for s in part]
-        questions, tokens = [sample.question for sample in part], params.evaluate.max_new_tokens
-        gathered = ensemble.gather(images, questions, count, tokens, params.seed + start)
-        shared = time.perf_counter() - began
-        for mode, predictions in found.items():
-            began = time.perf_counter()
-            answers = ensemble.refined(*gathered, mode)
-            seconds = (shared + time.perf_counter() - began) / len(part)
-            predictions += [
-                prediction(s, a, ensemble.threshold, seconds) for s, a in zip(part, answers, strict=True)
-            ]
     table = []
-    for mode, predictions in found.items():
+    for count, mode in sorted({(count, MODES.index(mode)) for count, mode, _ in found}):
+        predictions = [one for members, name, one in found if (members, MODES.index(name)) == (count, mode)]
         figures = summarise(rows(asked, predictions))
         seconds = sum(one.seconds for one in predictions) / len(predictions)
-        names = ("gIoU", "gIoU_matched", "chair_s", "missing")
-        table.append(
-            {"members": count, "mode": mode, "seconds": seconds, **{name: figures[name] for name in names}}
-        )
-        run.say(str(table[-1]))
+        chosen = {name: figures[name] for name in ("gIoU", "gIoU_matched", "chair_s", "missing")}
+        table.append({"members": count, "mode": MODES[mode], "seconds": seconds, **chosen})
     return table
 
 
 def main() -> None:
     with stage("calibrate") as run:
-        from popen.ensemble import members
-        from popen.ensemble.score import reward_score
-        from popen.evaluation.answering import answers
-        from popen.model.segmenter import Segmenter
-        from popen.predict import Settings, write_bundle
-        from popen.stages.learning import MODELS, samples
-        from popen.stages.model_record import log_model
-        from popen.stages.systems import BUNDLE, PLAIN, THRESHOLDS
+        import numpy as np
 
-        params = run.params
+        from popen import devices
+        from popen.ensemble import members
+        from popen.ensemble.score import correlation, fit, reward_score
+        from popen.predict import Settings, write_bundle
+        from popen.stages.learning import INDEX, MODELS, pair_plan, samples
+        from popen.stages.model_record import log_model
+        from popen.stages.systems import BUNDLE, PLAIN, THRESHOLDS, answerer, load_plain
+
+        shared = Shared(run, devices.cores())
+        params, device, size = run.params, devices.device(), run.params.evaluate.batch
         asked = [s for s in samples("val") if s.objects][: params.calibrate.questions]
-        models = {name: Segmenter.load(MODELS / name) for name in PLAIN}
+        batches, val = range(0, len(asked), size), INDEX / "val.jsonl"
+        asking = [params.calibrate.questions, size]
         thresholds = {}
-        for name, model in models.items():
-            answered = answers(
-                model,
-                Path(params.data.root),
-                asked,
-                params.evaluate,
-                params.data.max_pixels,
-                f"calibrate {name}",
-            )
-            level, value = best_threshold(list(answered), params.calibrate.thresholds)
+        for name in PLAIN:
+            answer = answerer(load_plain(name, device), params, asked)
+            found = shared(name, [MODELS / name, val], asking, batches, answer)
+            level, value = best_threshold(found, params.calibrate.thresholds)
             thresholds[name] = level
             run.log_metrics({f"threshold/{name}": level, f"val_gIoU/{name}": value})
             run.say(f"{name}: threshold {level:g}, gIoU on validation {value:.3f}")
         THRESHOLDS.write_text(json.dumps(thresholds, indent=1) + "\n", encoding="utf-8")
 
-        model, threshold = models["popen"], thresholds["popen"]
+        model, threshold, reference = load_plain("popen", device), thresholds["popen"], None
         if params.ensemble.score == "reward":
-            reference, score = models["sft"], reward_score()
+            reference, score = load_plain("sft", device), reward_score()
         else:
-            reference = None
-            score, correlation = fit_score(model, run, asked, threshold)
-            run.log_metrics({"score/correlation": correlation})
+            figures = shared(
+                "score",
+                [MODELS / "popen", val],
+                [*asking, params.ensemble, threshold],
+                batches,
+                lambda start: member_figures(model, run, asked, threshold, start),
+            )
+            features, quality = (np.stack(part) for part in zip(*figures, strict=True))
+            score = fit(features, quality)
+            fitted = correlation(score(features), quality)
+            run.log_metrics({"score/correlation": fitted})
             weights = dict(zip(score.features, score.weight, strict=True))
-            run.say(f"preference score: correlation {correlation:.2f}, weights {weights}")
-        attention = train_attention(model, score, run, threshold, reference)
+            run.say(f"preference score: correlation {fitted:.2f}, weights {weights}")
+        plan = pair_plan([sample for sample in samples("preference") if sample.targets], params.seed)
+        seen = shared(
+            "attention",
+            [MODELS / "popen", INDEX / "preference.jsonl"],
+            [params.ensemble, threshold, score.to_dict()],
+            range(min(ATTENTION_BATCHES, params.ensemble.steps)),
+            lambda number: [
+                seen_by_members(
+                    model,
+                    score,
+                    run,
+                    threshold,
+                    reference,
+                    [plan(number * 16 + place) for place in range(16)],
+                    params.seed + number,
+                )
+            ],
+        )
+        attention = train_attention(model, run, seen)
         settings = Settings(threshold, params.evaluate.max_new_tokens, params.ensemble)
         before = None if reference is None else MODELS / "sft"
         write_bundle(BUNDLE, MODELS / "popen", before, score, attention, settings)
         run.curves(Path("artifacts/curves/calibrate.csv"))
 
-        together = model.device.type == "cuda"
+        together = device.type == "cuda"
         ensemble = members.Ensemble(model, reference, score, attention, params.ensemble, threshold, together)
-        table = [
-            row
-            for count in sorted({*SIZES, params.ensemble.members})
-            for row in tried(ensemble, run, asked, count)
-        ]
+        # the longest first, so that the cores end at about the same time
+        tries = list(product(sorted({*SIZES, params.ensemble.members}, reverse=True), batches))
+        answered = shared(
+            "members",
+            [BUNDLE, val],
+            asking,
+            range(len(tries)),
+            lambda number: tried(ensemble, run, asked, *tries[number]),
+        )
+        table = compared(asked, answered)
+        for row in table:
+            run.say(str(row))
         log_model(run, BUNDLE)
         Path("metrics").mkdir(exist_ok=True)
         Path("metrics/ensemble.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        shared.clear()
 
 
 if __name__ == "__main__":

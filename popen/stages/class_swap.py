@@ -12,15 +12,15 @@ OUT = Path("metrics/class_swap.json")
 
 def main() -> None:
     with stage("class_swap") as run:
+        from popen import devices
         from popen.evaluation.swap import class_mean_swap
-        from popen.model.segmenter import Segmenter
-        from popen.stages.learning import MODELS, samples
-        from popen.stages.systems import threshold
+        from popen.stages.learning import samples
+        from popen.stages.systems import load_plain, threshold
 
         params = run.params
         asked = [sample for name in params.benchmarks if name.startswith("muse_") for sample in samples(name)]
         figures = class_mean_swap(
-            Segmenter.load(MODELS / "sft"),
+            load_plain("sft", devices.device()),
             Path(params.data.root),
             asked,
             params.evaluate.batch,

@@ -11,7 +11,6 @@ Only the standard library and light modules are imported here: a pipeline starts
 from __future__ import annotations
 
 import csv
-import ctypes
 import gc
 import os
 import signal
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from popen import devices, pipeline
 from popen import params as parameters
 from popen.errors import explain
+from popen.orphans import end_with
 from popen.tracking import Status, Tracker, Untracked
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ QUIET = {
     "ACCELERATE_LOG_LEVEL": "ERROR",  # else a line a checkpoint about tied weights
     "MPLBACKEND": "Agg",
 }
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 Handler = Callable[[int, FrameType | None], Any] | int | None  # of a signal
 
@@ -185,11 +184,8 @@ def _catch_signals() -> Handler:
     if threading.current_thread() is not threading.main_thread():
         return None
     handler: Handler = signal.signal(signal.SIGTERM, _terminate)
-    if pipeline.dvc_process() is not None:
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died just before
-            raise Terminated
+    if pipeline.dvc_process() is not None and not end_with(os.getppid(), signal.SIGTERM):
+        raise Terminated
     return handler
 
 

@@ -59,8 +59,11 @@ def ensemble_answers(
 
 def load(system: str, device: torch.device) -> Segmenter | Ensemble:
     """A system's trained model, or the bundle of the ensemble, on a device."""
-    if system == "popen+ensemble":
-        return load_ensemble(BUNDLE)[0].to(device)
+    return load_ensemble(BUNDLE)[0].to(device) if system == "popen+ensemble" else load_plain(system, device)
+
+
+def load_plain(system: str, device: torch.device) -> Segmenter:
+    """The trained model of a system that is one, on a device."""
     return Segmenter.load(MODELS / system).to(device)
 
 

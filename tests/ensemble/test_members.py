@@ -19,6 +19,7 @@ from popen.ensemble.members import (
     Members,
     align,
     ask,
+    copies,
     implicit_rewards,
     load,
     refine,
@@ -58,6 +59,10 @@ Asked = tuple[list[Image.Image], list[str]]
 def say(model: Segmenter, asked: Asked, members: int = 3, seed: int = 0, reference: object = None) -> Members:
     other = reference if isinstance(reference, Segmenter) else None
     return ask(model, other, *asked, PARAMS, members, LENGTH, 0.0, seed)
+
+
+def seen(model: Segmenter, asked: Asked, members: int, seed: int = 0) -> Tensor:
+    return copies(model.encoder.pixels(asked[0]), PARAMS, members, seed)
 
 
 def ensemble(model: Segmenter, score: Score | None = None, **changes: object) -> Ensemble:
@@ -105,7 +110,6 @@ def test_members_in_one_pass_are_those_asked_one_by_one(taught: Segmenter, asked
     one, all_at_once = (
         ask(taught, None, *asked, PARAMS, 3, LENGTH, 0.0, 5, together) for together in (False, True)
     )
-    assert torch.equal(one.pixels, all_at_once.pixels)
     assert len({tuple(a.text for a in answers) for answers in one.answers}) > 1  # the draws are not all alike
     for apart, joint in zip(one.answers, all_at_once.answers, strict=True):
         assert [a.text for a in apart] == [a.text for a in joint]
@@ -116,44 +120,45 @@ def test_members_in_one_pass_are_those_asked_one_by_one(taught: Segmenter, asked
 
     texts = ["the cup {seg} and the fork {seg}", "nothing", "the fork {seg}"]
     scores = np.arange(9.0).reshape(3, 3)
+    pixels = seen(taught, asked, 3)
     for words in (texts, ["nothing"] * 3):
-        alone, every = (align(taught, images, questions, words, one.pixels, scores, t) for t in (False, True))
+        alone, every = (align(taught, images, questions, words, pixels, scores, t) for t in (False, True))
         torch.testing.assert_close(alone.embeddings, every.embeddings, atol=1e-4, rtol=1e-4)
         assert torch.equal(alone.scores, every.scores)
-        for seen, other in zip(alone.features, every.features, strict=True):
-            torch.testing.assert_close(seen, other, atol=1e-5, rtol=1e-5)
+        for levels, other in zip(alone.features, every.features, strict=True):
+            torch.testing.assert_close(levels, other, atol=1e-5, rtol=1e-5)
 
 
-def test_member_zero_is_clean_and_greedy_and_the_others_are_drawn(taught: Segmenter, asked: Asked) -> None:
+def test_member_zero_is_greedy_and_the_others_are_drawn(taught: Segmenter, asked: Asked) -> None:
     images, questions = asked
     said = say(taught, asked, members=4)
-    rows = [Row(i, question) for i, question in enumerate(questions)]
-    clean = taught.encoder.batch(images, rows).images
-    assert said.pixels.shape == (4, 3, 3, 32, 32)
-    assert torch.equal(said.pixels[0], clean)
-    changed = (said.pixels[1:] != clean).any(2).float().mean((2, 3))  # share of the pixels, (members, rows)
-    assert (changed > 0.05).all()
-    assert (changed < 0.4).all()  # a rectangle of at most 0.6 x 0.6
-    greedy = generate(taught, images, rows, LENGTH)
+    greedy = generate(taught, images, [Row(i, question) for i, question in enumerate(questions)], LENGTH)
     assert [a.text for a in said.answers[0]] == [a.text for a in greedy]
     assert len({tuple(a.text for a in answers) for answers in said.answers}) > 1
-    again, other = say(taught, asked, members=4), say(taught, asked, members=4, seed=1)
+    again = say(taught, asked, members=4)
     assert [[a.text for a in m] for m in again.answers] == [[a.text for a in m] for m in said.answers]
-    assert torch.equal(again.pixels, said.pixels)
-    assert not torch.equal(other.pixels[1:], said.pixels[1:])
     fewer = say(taught, asked, members=2)  # more members leave the first ones as they are
-    assert torch.equal(fewer.pixels, said.pixels[:2])
     np.testing.assert_allclose(fewer.features[..., :2], said.features[:, :2, :2], atol=1e-5)  # not agreement
 
 
-def test_words_come_from_the_clean_image(taught: Segmenter, asked: Asked) -> None:
-    loud, none = (
-        ask(taught, None, *asked, PARAMS.model_copy(update={"sigma": sigma}), 4, LENGTH, 0.0, 0)
-        for sigma in (50.0, 0.0)
-    )
-    assert not torch.equal(loud.pixels, none.pixels)
-    assert [[a.text for a in m] for m in loud.answers] == [[a.text for a in m] for m in none.answers]
-    np.testing.assert_allclose(loud.features, none.features)
+def test_member_zero_sees_the_image_and_the_others_noisy_copies(taught: Segmenter, asked: Asked) -> None:
+    clean, pixels = taught.encoder.pixels(asked[0]), seen(taught, asked, 4)
+    assert pixels.shape == (4, 3, 3, 32, 32)
+    assert torch.equal(pixels[0], clean)
+    changed = (pixels[1:] != clean).any(2).float().mean((2, 3))  # share of the pixels, (members, rows)
+    assert (changed > 0.05).all()
+    assert (changed < 0.4).all()  # a rectangle of at most 0.6 x 0.6
+    assert torch.equal(seen(taught, asked, 4), pixels)
+    assert not torch.equal(seen(taught, asked, 4, seed=1)[1:], pixels[1:])
+    assert torch.equal(seen(taught, asked, 2), pixels[:2])
+
+
+def test_only_the_embeddings_come_from_the_copies(taught: Segmenter, asked: Asked) -> None:
+    loud, none = (ensemble(taught, sigma=sigma).gather(*asked, 4, LENGTH, seed=0) for sigma in (50.0, 0.0))
+    assert [a.text for a in loud[0]] == [a.text for a in none[0]]
+    torch.testing.assert_close(loud[1].scores, none[1].scores)
+    torch.testing.assert_close(loud[1].embeddings[:, 0], none[1].embeddings[:, 0])
+    assert not torch.allclose(loud[1].embeddings[:, 1:], none[1].embeddings[:, 1:])
 
 
 def test_features_are_what_their_names_say(taught: Segmenter, asked: Asked) -> None:
@@ -203,21 +208,20 @@ def test_the_best_scored_answer_is_kept(taught: Segmenter, asked: Asked) -> None
 
 def aligned(model: Segmenter, asked: Asked, order: list[int]) -> Aligned:
     """The true answers seen by members in this order."""
-    said = say(model, asked, members=len(order))
+    pixels = seen(model, asked, len(order))
     texts = ["It is the cup {seg} and the fork {seg}.", "It is the cup {seg}.", "Nothing."]
     scores = np.random.default_rng(0).normal(size=(3, len(order)))
-    return align(model, *asked, texts, said.pixels[order], scores[:, order])
+    return align(model, *asked, texts, pixels[order], scores[:, order])
 
 
 def test_every_member_sees_the_same_targets(taught: Segmenter, asked: Asked) -> None:
     found = aligned(taught, asked, [0, 1, 2])
     assert found.embeddings.shape == (3, 3, 2, 16)  # N targets, M members, S scales, C
     assert found.batch.row_of_target.tolist() == [0, 0, 1]
-    said = say(taught, asked)
-    for member in range(3):
+    for view, embeddings in zip(seen(taught, asked, 3), found.embeddings.unbind(1), strict=True):
         with torch.no_grad():
-            output = taught(found.batch.with_images(said.pixels[member]))
-        torch.testing.assert_close(found.embeddings[:, member], output.embeddings, atol=1e-4, rtol=1e-4)
+            output = taught(found.batch.with_images(view))
+        torch.testing.assert_close(embeddings, output.embeddings, atol=1e-4, rtol=1e-4)
     scores = np.random.default_rng(0).normal(size=(3, 3))
     np.testing.assert_allclose(found.scores.numpy(), scores[[0, 0, 1]], rtol=1e-5)
 

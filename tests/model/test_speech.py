@@ -15,11 +15,12 @@ from popen.model.speech import Member, choose, speak
 from popen.samples import Sample
 
 CODEBOOK, IMAGE_ID = [5, 6, 7], 8
+NEVER = torch.tensor([6, 7, IMAGE_ID])
 
 
 def chosen(logits: torch.Tensor, last: list[int], temperature: float = 0.0, chance: float = 0.0) -> list[int]:
     rows = torch.ones(len(last))
-    return choose(logits, torch.tensor(last), CODEBOOK, IMAGE_ID, temperature * rows, chance * rows).tolist()
+    return choose(logits, torch.tensor(last), CODEBOOK, NEVER, temperature * rows, chance * rows).tolist()
 
 
 def test_codebook_tokens_come_as_whole_targets() -> None:
@@ -48,9 +49,7 @@ def test_a_draw_is_where_the_distribution_function_passes_the_chance() -> None:
 def test_members_choose_each_in_its_way() -> None:
     logits = torch.zeros(2, 10)
     logits[:, 2] = 1.0
-    mixed = choose(
-        logits, torch.tensor([-1, -1]), CODEBOOK, IMAGE_ID, torch.tensor([0.0, 1.0]), torch.zeros(2)
-    )
+    mixed = choose(logits, torch.tensor([-1, -1]), CODEBOOK, NEVER, torch.tensor([0.0, 1.0]), torch.zeros(2))
     assert mixed.tolist() == [2, 0]
 
 
