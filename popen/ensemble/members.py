@@ -147,13 +147,11 @@ def align(
         features = [list(view) for view in zip(*(level.split(len(images)) for level in levels), strict=True)]
         embeddings = found.view(len(pixels), len(batch.row_of_target), *found.shape[1:]).transpose(0, 1)
     else:
-        seen = [batch.with_images(view) for view in pixels]
-        features = [model.tower(copy.images) for copy in seen]
-        each = [
-            model.segmentation_embeddings(model.hidden(copy, levels), copy, levels)[0]
-            for copy, levels in zip(seen, features, strict=True)
-        ]
-        embeddings = torch.stack(each, dim=1)
+        features = [model.tower(view) for view in pixels]
+        embeddings = torch.stack(
+            [model.segmentation_embeddings(model.hidden(batch, seen), batch, seen)[0] for seen in features],
+            dim=1,
+        )
     return Aligned(batch, embeddings, features, by_row[batch.row_of_target])
 
 

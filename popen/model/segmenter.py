@@ -21,7 +21,7 @@ from popen.model.language import IMAGE, build_language, load_tokenizer
 from popen.model.look import Aim, Look
 from popen.model.published import check_llava, read_config
 from popen.model.states import last_states
-from popen.model.tally import FACTS, Centres, census, colours, facts
+from popen.model.tally import FACTS, Centres, census, facts
 from popen.model.vision import Tower
 from popen.params import ModelParams
 
@@ -123,11 +123,11 @@ class Segmenter(nn.Module):
         """Tokens of question and answer together that the language model can read behind an image."""
         return int(self.causal.config.max_position_embeddings) - len(self.encoder.prefix_ids)
 
-    def image_tokens(self, images: Tensor, features: list[Tensor]) -> Tensor:
-        """Images (B, 3, H, W) and their features -> what the LM reads of them (B, P, D)."""
+    def image_tokens(self, features: list[Tensor]) -> Tensor:
+        """Features of B images -> what the LM reads of them (B, P, D)."""
         if self.centres is None:
-            return self._tokens(images, features, None, None)
-        return self._tokens(images, features, self.dense(self.neck(features)[-1]), self.find(features))
+            return self._tokens(features, None, None)
+        return self._tokens(features, self.dense(self.neck(features)[-1]), self.find(features))
 
     def find(self, features: list[Tensor]) -> Tensor | None:
         """Features of B images -> the map of the things' centres (B, categories, h, w), where there is a
@@ -137,17 +137,14 @@ class Segmenter(nn.Module):
         with torch.autocast(features[0].device.type, enabled=False):  # in bfloat16 a peak ties with its slope
             return cast(Tensor, self.centres([level.float() for level in features]))
 
-    def _tokens(
-        self, images: Tensor, features: list[Tensor], dense: Tensor | None, centres: Tensor | None
-    ) -> Tensor:
+    def _tokens(self, features: list[Tensor], dense: Tensor | None, centres: Tensor | None) -> Tensor:
         tokens: Tensor = self.projector(features[0])
         if self.tell is None or dense is None or centres is None:
             return tokens
         grid = self.tower.grids[0] // self.params.vision.shuffle
         with torch.no_grad():  # what is told is read off: no gradient of the words reaches what counts
-            kinds = dense.float().softmax(1)[:, 1:]
-            shares = F.adaptive_avg_pool2d(kinds, grid).flatten(2)
-            told = facts(census(centres), shares, colours(images, kinds.sum(1, keepdim=True), grid))
+            shares = F.adaptive_avg_pool2d(dense.float().softmax(1)[:, 1:], grid).flatten(2)
+            told = facts(census(centres), shares)
         return tokens + self.tell(told)
 
     def prefix(self, image: Tensor) -> Tensor:
@@ -179,7 +176,7 @@ class Segmenter(nn.Module):
 
     def hidden(self, batch: Batch, features: list[Tensor]) -> Tensor:
         """Last hidden states of the LM (R, T, D)."""
-        image = self.image_tokens(batch.images, features)
+        image = self.image_tokens(features)
         behind, _ = self.read(batch.input_ids, image, batch.image_of_row, batch.asked)
         return self._hidden(batch, self.prefix(image), behind)
 
@@ -212,7 +209,7 @@ class Segmenter(nn.Module):
         supervised = batch.dense is not None
         dense = self.dense(levels[-1]) if supervised or self.centres is not None else None
         centres = self.find(features)
-        image = self._tokens(batch.images, features, dense, centres)
+        image = self._tokens(features, dense, centres)
         behind, sought = self.read(batch.input_ids, image, batch.image_of_row, batch.asked)
         before = self.prefix(image)
         hidden = self._hidden(batch, before, behind)

@@ -24,7 +24,7 @@ from popen.samples import Sample
 
 COUNTED = (2, 3, 4)  # a token is told whether there are at least so many of its kind
 MOST = 5  # of a kind whose places are looked at
-FACTS = len(COUNTED) + 7  # and how they lie (3), how much of any thing it shows (1), and its colour (3)
+FACTS = len(COUNTED) + 4  # and how they lie (3), and how much of any thing it shows
 INNER = 128
 LOUD = 3.0  # a token's own features are about as large
 SURE = 0.35  # a peak of the map is a thing from about this probability
@@ -90,7 +90,7 @@ def counts(logits: Tensor) -> Tensor:
 
 
 def census(logits: Tensor) -> Tensor:
-    """Map of centres (B, categories, h, w) -> what there is to tell of each kind (B, categories, FACTS - 4).
+    """Map of centres (B, categories, h, w) -> what there is to tell of each kind (B, categories, FACTS - 1).
 
     Whether there are at least two, three, four; how far they reach from left to right (in quarters of the
     image) and from top to bottom; and the smallest step from one to the next on its right (in eighths). All
@@ -123,20 +123,11 @@ def _axes(of: Tensor) -> tuple[Tensor, Tensor]:
     return x[None], y[:, None]
 
 
-def colours(images: Tensor, shows: Tensor, grid: int) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] and how much of any thing their pixels show (B, 1, h, w) -> the mean
-    colour of the things in each token's cell (B, 3, P), between -1 and 1; of the background where there are
-    none."""
-    shows = F.interpolate(shows, size=images.shape[-2:], mode="bilinear") + 1e-3
-    summed = (F.adaptive_avg_pool2d(part, grid).flatten(2) for part in (images * shows, shows))
-    return 2 * torch.div(*summed) - 1
-
-
-def facts(known: Tensor, shows: Tensor, colour: Tensor) -> Tensor:
-    """What is known of each kind (B, categories, FACTS - 4), the share of each kind in what a token shows
-    (B, categories, P) and its colour (B, 3, P) -> what the tokens are told (B, P, FACTS)."""
+def facts(known: Tensor, shows: Tensor) -> Tensor:
+    """What is known of each kind (B, categories, FACTS - 1), and the share of each kind in what a token shows
+    (B, categories, P) -> what the tokens are told (B, P, FACTS)."""
     told = torch.einsum("bkp,bkf->bpf", shows, known)
-    return LOUD * torch.cat([told, shows.sum(1).unsqueeze(-1), colour.transpose(1, 2)], dim=-1)
+    return LOUD * torch.cat([told, shows.sum(1).unsqueeze(-1)], dim=-1)
 
 
 @torch.no_grad()

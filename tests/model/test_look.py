@@ -92,7 +92,7 @@ def test_only_the_question_looks(mini_model: Segmenter, picture: Image.Image) ->
     torch.nn.init.normal_(look.out.weight)
     batch = mini_model.encoder.batch([picture], [Row(0, "What could I use?", "It is the cup {seg}.")])
     plain = mini_model.language.get_input_embeddings()(batch.input_ids)
-    image = mini_model.image_tokens(batch.images, mini_model.tower(batch.images))
+    image = mini_model.image_tokens(mini_model.tower(batch.images))
     behind, _ = mini_model.read(batch.input_ids, image, batch.image_of_row, batch.asked)
     n, last = len(mini_model.encoder.prefix_ids), int(batch.asked[0])
     moved = (behind != plain[:, n:]).any(-1)[0]

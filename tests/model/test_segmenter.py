@@ -52,7 +52,7 @@ def test_a_shared_prefix_equals_whole_rows(
     three = [rows(sample)[0], dataclasses.replace(rows(sample)[1], image=1), rows(sample)[1]]
     batch = mini_model.encoder.batch([picture, other], three)
     features = mini_model.tower(batch.images)
-    image = mini_model.image_tokens(batch.images, features)
+    image = mini_model.image_tokens(features)
     behind, _ = mini_model.read(batch.input_ids, image, batch.image_of_row, batch.asked)
     embeds = torch.cat([mini_model.prefix(image)[batch.image_of_row], behind], dim=1)
     whole = mini_model.causal.model(

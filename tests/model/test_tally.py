@@ -15,7 +15,6 @@ from popen.model.tally import (
     census,
     centre_labels,
     centre_loss,
-    colours,
     count_accuracy,
     counts,
     facts,
@@ -89,24 +88,10 @@ def test_a_token_is_told_of_the_kinds_that_it_shows() -> None:
     shows[0, :, 1] = 0.5
     shows[0, 1, 2] = 1.0  # the third a fork, the fourth nothing
     known = torch.tensor([[[1, 1, 0, 0.5, 0.2, 0.1], [0, 0, 0, 0, 0, 0]]])
-    colour = torch.arange(12.0).view(1, 3, 4)
-    told = facts(known, shows, colour)[0] / LOUD
+    told = facts(known, shows)[0] / LOUD
     half = [0.5, 0.5, 0, 0.25, 0.1, 0.05, 1]
     expected = torch.tensor([[1, 1, 0, 0.5, 0.2, 0.1, 1], half, [0] * 6 + [1], [0] * 7])
-    torch.testing.assert_close(told, torch.cat([expected, colour[0].T], dim=1))
-
-
-def test_a_cell_has_the_colour_of_its_things() -> None:
-    images = torch.zeros(1, 3, 8, 8)
-    images[:, 2] = 1.0  # a blue table
-    shows = torch.zeros(1, 1, 8, 8)
-    images[0, :, 1:3, 1:3] = torch.tensor([1.0, 0.5, 0.0])[:, None, None]  # on it an orange thing
-    shows[0, 0, 1:3, 1:3] = 1.0
-    blue = [-1.0, -1.0, 1.0]
-    expected = torch.tensor([[1.0, 0.0, -1.0], blue, blue, blue]).T
-    torch.testing.assert_close(colours(images, shows, 2)[0], expected, atol=0.01, rtol=0)
-    plain = colours(images, torch.zeros(1, 1, 4, 4), 1)[0, :, 0]  # no thing at all: the mean
-    torch.testing.assert_close(plain, 2 * images[0].mean((1, 2)) - 1, atol=1e-4, rtol=0)
+    torch.testing.assert_close(told, expected)
 
 
 def test_centre_loss_by_hand() -> None:
@@ -151,16 +136,14 @@ def test_the_image_tokens_are_told_the_facts(mini_model: Segmenter) -> None:
     centres, tell = mini_model.centres, mini_model.tell
     assert centres is not None
     assert tell is not None
-    images = torch.rand(1, 3, 32, 32)
-    features = [level.requires_grad_() for level in mini_model.tower(images)]
+    features = [level.requires_grad_() for level in mini_model.tower(torch.rand(1, 3, 32, 32))]
     plain = mini_model.projector(features[0])
-    told = mini_model.image_tokens(images, features) - plain
+    told = mini_model.image_tokens(features) - plain
     shows = mini_model.dense(mini_model.neck(features)[-1]).softmax(1)[:, 1:]
     shares = torch.nn.functional.adaptive_avg_pool2d(shows, 4).flatten(2)
-    colour = colours(images, shows.sum(1, keepdim=True), 4)
-    torch.testing.assert_close(told, tell(facts(census(centres(features)), shares, colour)))
+    torch.testing.assert_close(told, tell(facts(census(centres(features)), shares)))
     mini_model.zero_grad()
-    mini_model.image_tokens(images, features).sum().backward()
+    mini_model.image_tokens(features).sum().backward()
     assert tell.weight.grad is not None
     assert all(p.grad is None for p in centres.parameters())
     assert all(p.grad is None for p in mini_model.dense.parameters())
