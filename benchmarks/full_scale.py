@@ -240,36 +240,27 @@ class Bench(Measuring):
             self.measure("generate: batched / one by one, answers a second", partial(dict, ratio=ratio))
 
     def ensemble(self, params: EnsembleParams) -> None:
-        """M members in one pass, and one by one: written, read again with every member's image, refined."""
+        """M members: written in one pass, read again with every member's image, refined."""
         asked = self.scale.asked
         images, questions = self.work.images[:asked], self.work.questions[:asked]
         attention = RefinementAttention(self.model.codebook.scales, self.model.params.decoder.width)
         score = Score(FEATURES, (0.0,) * 3, (1.0,) * 3, (1.0, 0.0, 0.0))
 
-        def answer(members: int, together: bool) -> list[Answer]:
-            system = Ensemble(self.model, None, score, attention.to(self.device), params, 0.0, together)
+        def answer(members: int) -> list[Answer]:
+            system = Ensemble(self.model, None, score, attention.to(self.device), params, 0.0)
             return system.answer(images, questions, members, self.scale.words, 0)
 
-        times: dict[tuple[int, bool], Record | None] = {}
-        for together in (True, False):
-            for members in (1, 4, 8):
-                if members == 1 and not together:
-                    continue  # the same thing
-                name = f"ensemble of {members}, members {'in one pass' if together else 'one by one'}"
-                times[members, together] = self.measure(
-                    f"{name} ({asked} questions)",
-                    partial(
-                        self.answers,
-                        partial(answer, members, together),
-                        2 if together else 0,
-                        2 * members * asked,
-                        2 * members,
-                    ),
-                )
-                first, this = times.get((1, True)), times[members, together]
-                if first and this and members > 1:
-                    ratio = this["seconds"] / first["seconds"]
-                    self.measure(f"{name} / ensemble of 1", partial(dict, ratio=ratio))
+        first: Record | None = None
+        for members in (1, 4, 8):
+            name = f"ensemble of {members}"
+            this = self.measure(
+                f"{name} ({asked} questions)",
+                partial(self.answers, partial(answer, members), 2, 2 * members * asked, 2 * members),
+            )
+            first = first or this
+            if first and this and members > 1:
+                ratio = this["seconds"] / first["seconds"]
+                self.measure(f"{name} / ensemble of 1", partial(dict, ratio=ratio))
 
 
 def run(

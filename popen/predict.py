@@ -79,9 +79,8 @@ def load_ensemble(folder: Path) -> tuple[Ensemble, Settings]:
     model = Segmenter.load(folder / "model")
     score, attention = members.load(folder, model)
     reference = Segmenter.load(folder / "reference") if score.features == REWARD else None
-    together = model.device.type == "cuda"
-    parts = (model, reference, score, attention, settings.ensemble, settings.threshold, together)
-    return Ensemble(*parts), settings
+    ensemble = Ensemble(model, reference, score, attention, settings.ensemble, settings.threshold)
+    return ensemble, settings
 
 
 class Predictor:

@@ -28,9 +28,10 @@ from popen.ensemble.attention import RefinementAttention, best_embedding, mean_e
 from popen.ensemble.score import FEATURES, Score, agreement, mask_confidence
 from popen.model import IGNORED
 from popen.model.batches import Batch, Row
-from popen.model.generate import Answer, generate, generate_members
+from popen.model.generate import Answer, generate_members
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
+from popen.model.speech import Member
 from popen.params import EnsembleParams
 from popen.preference.masks import noise_rectangles
 
@@ -54,18 +55,12 @@ def ask(
     max_new_tokens: int,
     threshold: float,
     seed: int,
-    together: bool = False,
 ) -> Members:
     """Let `members` answer each question about its image. With a `reference`, the model before alignment,
-    their features are REWARD, else FEATURES. `together`: see Ensemble."""
+    their features are REWARD, else FEATURES."""
     rows = [Row(index, question) for index, question in enumerate(questions)]
-    warmth = params.temperature
-    if together:
-        answers = generate_members(model, images, rows, max_new_tokens, warmth, seed, members)
-    else:
-        answers = [generate(model, images, rows, max_new_tokens)]
-        for member in range(1, members):
-            answers.append(generate(model, images, rows, max_new_tokens, warmth, seed + member))
+    drawn = [Member(params.temperature * (number > 0), seed + number) for number in range(members)]
+    answers = generate_members(model, images, rows, max_new_tokens, drawn)
     if reference is None:
         told = [_features([said[row] for said in answers], threshold) for row in range(len(rows))]
         features = np.array(told).reshape(len(rows), members, len(FEATURES))
@@ -132,7 +127,11 @@ def align(
     scores: np.ndarray[Any, np.dtype[np.float64]],
     together: bool = False,
 ) -> Aligned:
-    """Feed each question's text with every member's image: `pixels` (M, R, 3, H, W), `scores` (R, M)."""
+    """Feed each question's text with every member's image: `pixels` (M, R, 3, H, W), `scores` (R, M).
+
+    `together` does so in one pass: the same up to rounding, for M times the memory. A GPU takes less time
+    for it, a CPU more.
+    """
     size = model.encoder.size
     rows = [
         Row(i, question, text, [np.zeros((size, size), dtype=bool)] * text.count("{seg}"))
@@ -187,9 +186,6 @@ class Ensemble:
     attention: RefinementAttention
     params: EnsembleParams
     threshold: float
-    # the members in one pass: the same answers up to rounding, for several times the memory. A large model on
-    # a GPU writes a word for all of them in about the time of one; small ones on a CPU gain nothing
-    together: bool = False
 
     def to(self, device: torch.device) -> Ensemble:
         """This ensemble with its models moved to `device`."""
@@ -229,13 +225,13 @@ class Ensemble:
             max_new_tokens,
             self.threshold,
             seed,
-            self.together,
         )
         scores = self.score(said.features)
         kept = [said.answers[best][row] for row, best in enumerate(scores.argmax(1).tolist())]
         texts = [answer.text for answer in kept]
         pixels = copies(self.model.encoder.pixels(images), self.params, members, seed)
-        aligned = align(self.model, images, questions, texts, pixels, scores, self.together)
+        at_once = self.model.device.type != "cpu"
+        aligned = align(self.model, images, questions, texts, pixels, scores, at_once)
         return kept, aligned
 
     @torch.no_grad()

@@ -35,8 +35,7 @@ def generate(
     seed: int = 0,
 ) -> list[Answer]:
     """Answer every row. Greedy at temperature 0, else sampled under `seed` (same seed, same answers)."""
-    batch = model.encoder.batch(images, [Row(row.image, row.question) for row in rows])
-    return _generate(model, batch.to(model.device), max_new_tokens, [Member(temperature, seed)])
+    return generate_members(model, images, rows, max_new_tokens, [Member(temperature, seed)])[0]
 
 
 @torch.no_grad()
@@ -45,19 +44,16 @@ def generate_members(
     images: Sequence[Image.Image],
     rows: Sequence[Row],
     max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    members: int,
+    members: Sequence[Member],
 ) -> list[list[Answer]]:
-    """What M members say, in one pass over all: M lists of an answer a row.
+    """What M members say, in one pass over all: M lists of an answer a row, each as `generate` gives it.
 
-    Member 0 answers greedily, member m as `generate` would sample under `seed` + m. A word takes a large
-    model about as long for all members as for one.
+    The images are read once, and a word takes a large model on a GPU about as long for all members as for
+    one.
     """
-    asked = [Row(row.image, row.question) for row in rows] * members
+    asked = [Row(row.image, row.question) for row in rows] * len(members)
     batch = model.encoder.batch(images, asked).to(model.device)
-    drawn = [Member(temperature * (number > 0), seed + number) for number in range(members)]
-    said = _generate(model, batch, max_new_tokens, drawn)
+    said = _generate(model, batch, max_new_tokens, members)
     return [said[start : start + len(rows)] for start in range(0, len(said), len(rows))]
 
 

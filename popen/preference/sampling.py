@@ -13,9 +13,10 @@ from popen.data.images import open_image
 from popen.masks import decode
 from popen.model.batches import Row
 from popen.model.dense import mask_array
-from popen.model.generate import Answer, generate
+from popen.model.generate import Answer, generate_members
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
+from popen.model.speech import Member
 from popen.params import MaskPreferenceParams, TextPreferenceParams
 from popen.parts import Parts, in_batches
 from popen.preference.alignment import chosen_rows
@@ -59,12 +60,9 @@ def text_pairs(
         part = samples[start : start + batch]
         images = [open_image(root, sample.image, max_pixels) for sample in part]
         asked = [Row(index, sample.question) for index, sample in enumerate(part)]
-        drawn = [
-            generate(
-                model, images, asked, max_new_tokens, params.temperature, seed + start * params.samples + draw
-            )
-            for draw in range(params.samples)
-        ]
+        first = seed + start * params.samples
+        draws = [Member(params.temperature, first + draw) for draw in range(params.samples)]
+        drawn = generate_members(model, images, asked, max_new_tokens, draws)
         skipped: list[Skipped] = []
         found = [
             source(answers, sample, skipped.append) for *answers, sample in zip(*drawn, part, strict=True)

@@ -282,8 +282,7 @@ def main() -> None:
         write_bundle(BUNDLE, MODELS / "popen", before, score, attention, settings)
         run.curves(Path("artifacts/curves/calibrate.csv"))
 
-        together = device.type == "cuda"
-        ensemble = members.Ensemble(model, reference, score, attention, params.ensemble, threshold, together)
+        ensemble = members.Ensemble(model, reference, score, attention, params.ensemble, threshold)
         # the longest first, so that the cores end at about the same time
         tries = list(product(sorted({*SIZES, params.ensemble.members}, reverse=True), batches))
         answered = shared(

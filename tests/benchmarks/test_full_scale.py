@@ -50,9 +50,9 @@ def test_every_part_is_measured(scale: Scale, tmp_path: Path) -> None:
     assert by_name["sft (2 images)"]["rows"] == 4
     assert all(r["seconds"] > 0 for r in records if "seconds" in r)
     written = [r for r in records if "targets" in r]
-    assert len(written) == 7
+    assert len(written) == 5
     assert all(r["targets"] >= 1 * r["answers"] for r in written)  # the random model writes targets
-    assert sum("ratio" in r for r in records) == 7
+    assert sum("ratio" in r for r in records) == 5
     assert len(table(records).splitlines()) == 2 + len(records)
 
 
@@ -84,7 +84,7 @@ def test_bf16_forward_backward_and_ensemble(scale: Scale, tmp_path: Path) -> Non
     with torch.autocast("cpu", torch.bfloat16):
         for mode in ("attention", "mean", "best", "probability"):
             settings = params.ensemble.model_copy(update={"mode": mode})
-            system = Ensemble(model.eval(), None, score, attention, settings, 0.0, together=True)
+            system = Ensemble(model.eval(), None, score, attention, settings, 0.0)
             said = system.answer(work.images, work.questions, 3, 20, 0)
             assert all(torch.isfinite(answer.masks).all() and len(answer.masks) for answer in said)
 
