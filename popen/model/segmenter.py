@@ -25,6 +25,7 @@ from popen.model.tally import FACTS, Centres, census, facts
 from popen.model.vision import Tower
 from popen.params import ModelParams
 
+AT_ONCE = 128  # masks that are decoded at once: more take memory and gain nothing
 COUNTED = 3  # of a kind, up to which number the inventory counts
 
 
@@ -194,7 +195,11 @@ class Segmenter(nn.Module):
 
     def decode(self, embeddings: Tensor, features: list[Tensor], images: Tensor, image_of: Tensor) -> Tensor:
         """Embeddings (N, S, C) and the images' features -> mask logits (N, H, W)."""
-        return self._masks(embeddings, self.neck(features), images, image_of)
+        levels, parts = (
+            self.neck(features),
+            zip(embeddings.split(AT_ONCE), image_of.split(AT_ONCE), strict=True),
+        )
+        return torch.cat([self._masks(part, levels, images, shown) for part, shown in parts])
 
     def _masks(self, embeddings: Tensor, levels: list[Tensor], images: Tensor, image_of: Tensor) -> Tensor:
         if not len(embeddings):

@@ -9,7 +9,6 @@ metrics/ensemble.json             members against quality and seconds, and the m
 from __future__ import annotations
 
 import json
-import pickle
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
@@ -70,11 +69,15 @@ class Shared:
 
 
 def _write(path: Path, records: list[T]) -> None:
-    path.write_bytes(pickle.dumps(records))
+    import torch
+
+    torch.save(records, path)  # not pickle: the answers' masks are parts of one tensor, kept once
 
 
 def _read(path: Path) -> list[Any]:
-    found: list[Any] = pickle.loads(path.read_bytes())
+    import torch
+
+    found: list[Any] = torch.load(path, weights_only=False)
     return found
 
 
@@ -172,7 +175,7 @@ def train_attention(model: Segmenter, run: Run, seen: Sequence[tuple[Aligned, Ba
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        gate = float(attention.gate.abs().mean())
+        gate = float(attention.gate.detach().abs().mean())
         run.log_metrics({"attention/loss": loss.item(), "attention/gate": gate}, step)
     return attention.eval()
 
