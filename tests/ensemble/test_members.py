@@ -112,7 +112,11 @@ def test_members_in_one_pass_are_those_asked_one_by_one(taught: Segmenter, asked
         generate(taught, images, rows, LENGTH, PARAMS.temperature * (member > 0), 5 + member)
         for member in range(3)
     ]
+    reads: list[int] = []
+    hook = taught.tower.register_forward_hook(lambda _module, images, _levels: reads.append(len(images[0])))
     all_at_once = say(taught, asked, seed=5)
+    hook.remove()
+    assert reads == [3]  # each image once, for all members
     assert len({tuple(a.text for a in answers) for answers in one}) > 1  # the draws are not all alike
     for apart, joint in zip(one, all_at_once.answers, strict=True):
         assert [a.text for a in apart] == [a.text for a in joint]

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from popen.masks import decode
-from popen.model import IGNORED
+from popen.model import IGNORED, segmenter
 from popen.model.batches import Row
 from popen.model.generate import generate
 from popen.model.losses import cross_entropy, token_logps
@@ -64,6 +64,20 @@ def test_a_shared_prefix_equals_whole_rows(
     seen = batch.attention_mask.bool()
     torch.testing.assert_close(shared[seen], whole[seen], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(shared[1][seen[1]], shared[2][seen[2]], atol=1e-3)
+
+
+def test_masks_decoded_in_parts_are_those_decoded_at_once(
+    mini_model: Segmenter, picture: Image.Image, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = mini_model.encoder.batch([picture], rows(sample))
+    features = mini_model.tower(batch.images)
+    embeddings = torch.randn(3, 2, 16)
+    whole = mini_model.decode(embeddings, features, batch.images, batch.image_of_target)
+    monkeypatch.setattr(segmenter, "AT_ONCE", 2)
+    parts = mini_model.decode(embeddings, features, batch.images, batch.image_of_target)
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    none = mini_model.decode(embeddings[:0], features, batch.images, batch.image_of_target[:0])
+    assert none.shape == (0, 32, 32)
 
 
 def test_generation_equals_a_teacher_forced_pass(mini_model: Segmenter, picture: Image.Image) -> None:

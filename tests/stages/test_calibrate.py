@@ -1,14 +1,19 @@
-"""The stage `calibrate`: choosing a threshold."""
+"""The stage `calibrate`: batches that are kept, choosing a threshold, comparing members."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
+from popen.evaluation.prediction import Prediction
 from popen.masks import decode
 from popen.model.generate import Answer
 from popen.samples import Sample
-from popen.stages.calibrate import best_threshold
+from popen.stages.calibrate import Shared, best_threshold, compared
+from popen.stages.run import Run
 
 
 def found(sample: Sample, inside: float, outside: float) -> tuple[Sample, Answer, float]:
@@ -41,3 +46,47 @@ def test_giou_is_that_of_all_questions(cup: Sample) -> None:
     level, value = best_threshold([found(cup, 1.5, 0.5), found(other, 0.2, -3.0)], [0.0, 1.0])
     # at 0: 100 of 260 pixels and all of them; at 1: all of them and none
     assert (level, value) == (0.0, pytest.approx((100 / 260 + 1) / 2))
+
+
+def test_batches_are_made_once_and_their_tensors_kept_once(run: Run) -> None:
+    made: list[int] = []
+
+    def make(number: int) -> list[Tensor]:
+        made.append(number)
+        return list(torch.full((50, 1000), float(number)))  # 50 parts of one tensor, as answers' masks are
+
+    def told(shared: Shared, setting: int) -> list[float]:
+        return [float(part[0]) for part in shared("test", [Path("input")], [setting], range(2), make)]
+
+    shared = Shared(run, 1)
+    assert told(shared, 1) == [0.0] * 50 + [1.0] * 50
+    written = sum(file.stat().st_size for file in Path(".checkpoints").rglob("batch-*"))
+    assert 2 * 200_000 < written < 2 * 250_000
+    assert told(Shared(run, 1), 1) == [0.0] * 50 + [1.0] * 50  # the stage starts again
+    assert made == [0, 1]
+    other = Shared(run, 1)
+    told(other, 2)
+    assert made == [0, 1, 0, 1]
+    shared.clear()
+    other.clear()
+    assert not list(Path(".checkpoints").rglob("batch-*"))
+
+
+def test_cores_make_the_same_batches(run: Run) -> None:
+    for cores in (1, 2, 3):
+        shared = Shared(run, cores)
+        found = shared("test", [Path("input")], [cores], range(7), lambda number: [number, -number])
+        assert found == [sign * number for number in range(7) for sign in (1, -1)]
+
+
+def test_members_and_modes_are_compared_each_by_its_own_answers(cup: Sample) -> None:
+    right = Prediction(cup.uid, "It is the cup {seg}.", (cup.targets[0].rle,), 0.0, 1.0, 0.2)
+    wrong = Prediction(cup.uid, "It is the fork {seg}.", (cup.objects[1].rle,), 0.0, 1.0, 0.4)
+    table = compared([cup], [(4, "mean", wrong), (1, "attention", right), (4, "attention", right)])
+    assert [(row["members"], row["mode"], row["seconds"]) for row in table] == [
+        (1, "attention", 0.2),
+        (4, "attention", 0.2),
+        (4, "mean", 0.4),
+    ]
+    assert [row["gIoU"] for row in table] == [1.0, 1.0, 0.0]
+    assert [row["missing"] for row in table] == [0.0, 0.0, 1.0]

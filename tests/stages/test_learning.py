@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,11 @@ from torch import nn
 from popen.params import TrainParams
 from popen.samples import Sample
 from popen.stages.learning import both_stages, fit, image_plan, pair_plan, sample_row, sft_collate, validation
-from popen.stages.run import QUIET, Run, stage
+from popen.stages.run import Run
 from tests import test_training as toys
 from tests.conftest import WEIGHTS
 
 PARAMS = toys.PARAMS.model_copy(update={"steps": 12, "checkpoint_every": 5})
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """A stage at work in a folder of its own."""
-    (tmp_path / ".dvc").mkdir()
-    shutil.copy(Path(__file__).parents[2] / "params.yaml", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    for name in (*QUIET, "HF_HUB_OFFLINE", "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "POPEN_PARENT_RUN", "DVC_ROOT"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "input").write_text("data")
-    with stage("align@coarse") as run:
-        yield run
 
 
 def start(
