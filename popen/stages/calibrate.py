@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 SIZES = (1, 2, 4, 8)  # ensemble sizes of the report's figure
 MODES = ("attention", "mean", "best", "probability")
-ATTENTION_BATCHES = 20  # of 16 questions each
+ATTENTION_BATCHES, ATTENTION_BATCH = 20, 16  # and questions in each
 
 
 class Shared:
@@ -217,81 +217,93 @@ def compared(asked: Sequence[Sample], found: Sequence[tuple[int, str, Prediction
     return table
 
 
+def choose_thresholds(run: Run, shared: Shared, asked: Sequence[Sample]) -> dict[str, float]:
+    """Each plain system's threshold, by its greedy answers to validation questions."""
+    from popen import devices
+    from popen.stages.learning import INDEX, MODELS
+    from popen.stages.systems import PLAIN, answerer, load_plain
+
+    params, size = run.params, run.params.evaluate.batch
+    thresholds = {}
+    for name in PLAIN:
+        answer = answerer(load_plain(name, devices.device()), params, asked)
+        inputs, settings = [MODELS / name, INDEX / "val.jsonl"], [params.calibrate.questions, size]
+        found = shared(name, inputs, settings, range(0, len(asked), size), answer)
+        level, value = best_threshold(found, params.calibrate.thresholds)
+        thresholds[name] = level
+        run.log_metrics({f"threshold/{name}": level, f"val_gIoU/{name}": value})
+        run.say(f"{name}: threshold {level:g}, gIoU on validation {value:.3f}")
+    return thresholds
+
+
+def fit_score(model: Segmenter, run: Run, shared: Shared, asked: Sequence[Sample], threshold: float) -> Score:
+    """The preference score fitted on the members' answers to validation questions."""
+    import numpy as np
+
+    from popen.ensemble.score import correlation, fit
+    from popen.stages.learning import INDEX, MODELS
+
+    params, size = run.params, run.params.evaluate.batch
+    figures = shared(
+        "score",
+        [MODELS / "popen", INDEX / "val.jsonl"],
+        [params.calibrate.questions, size, params.ensemble, threshold],
+        range(0, len(asked), size),
+        lambda start: member_figures(model, run, asked, threshold, start),
+    )
+    features, quality = (np.stack(part) for part in zip(*figures, strict=True))
+    score = fit(features, quality)
+    fitted = correlation(score(features), quality)
+    run.log_metrics({"score/correlation": fitted})
+    weights = dict(zip(score.features, score.weight, strict=True))
+    run.say(f"preference score: correlation {fitted:.2f}, weights {weights}")
+    return score
+
+
 def main() -> None:
     with stage("calibrate") as run:
-        import numpy as np
-
         from popen import devices
-        from popen.ensemble import members
-        from popen.ensemble.score import correlation, fit, reward_score
+        from popen.ensemble.members import Ensemble
+        from popen.ensemble.score import reward_score
         from popen.predict import Settings, write_bundle
         from popen.stages.learning import INDEX, MODELS, pair_plan, samples
         from popen.stages.model_record import log_model
-        from popen.stages.systems import BUNDLE, PLAIN, THRESHOLDS, answerer, load_plain
+        from popen.stages.systems import BUNDLE, THRESHOLDS, load_plain
 
         shared = Shared(run, devices.cores())
         params, device, size = run.params, devices.device(), run.params.evaluate.batch
         asked = [s for s in samples("val") if s.objects][: params.calibrate.questions]
-        batches, val = range(0, len(asked), size), INDEX / "val.jsonl"
-        asking = [params.calibrate.questions, size]
-        thresholds = {}
-        for name in PLAIN:
-            answer = answerer(load_plain(name, device), params, asked)
-            found = shared(name, [MODELS / name, val], asking, batches, answer)
-            level, value = best_threshold(found, params.calibrate.thresholds)
-            thresholds[name] = level
-            run.log_metrics({f"threshold/{name}": level, f"val_gIoU/{name}": value})
-            run.say(f"{name}: threshold {level:g}, gIoU on validation {value:.3f}")
+        thresholds = choose_thresholds(run, shared, asked)
         THRESHOLDS.write_text(json.dumps(thresholds, indent=1) + "\n", encoding="utf-8")
 
         model, threshold, reference = load_plain("popen", device), thresholds["popen"], None
         if params.ensemble.score == "reward":
             reference, score = load_plain("sft", device), reward_score()
         else:
-            figures = shared(
-                "score",
-                [MODELS / "popen", val],
-                [*asking, params.ensemble, threshold],
-                batches,
-                lambda start: member_figures(model, run, asked, threshold, start),
-            )
-            features, quality = (np.stack(part) for part in zip(*figures, strict=True))
-            score = fit(features, quality)
-            fitted = correlation(score(features), quality)
-            run.log_metrics({"score/correlation": fitted})
-            weights = dict(zip(score.features, score.weight, strict=True))
-            run.say(f"preference score: correlation {fitted:.2f}, weights {weights}")
+            score = fit_score(model, run, shared, asked, threshold)
         plan = pair_plan([sample for sample in samples("preference") if sample.targets], params.seed)
-        seen = shared(
-            "attention",
-            [MODELS / "popen", INDEX / "preference.jsonl"],
-            [params.ensemble, threshold, score.to_dict()],
-            range(min(ATTENTION_BATCHES, params.ensemble.steps)),
-            lambda number: [
-                seen_by_members(
-                    model,
-                    score,
-                    run,
-                    threshold,
-                    reference,
-                    [plan(number * 16 + place) for place in range(16)],
-                    params.seed + number,
-                )
-            ],
-        )
+
+        def see(number: int) -> list[tuple[Aligned, Batch]]:
+            part = [plan(number * ATTENTION_BATCH + place) for place in range(ATTENTION_BATCH)]
+            return [seen_by_members(model, score, run, threshold, reference, part, params.seed + number)]
+
+        batches = range(min(ATTENTION_BATCHES, params.ensemble.steps))
+        inputs = [MODELS / "popen", INDEX / "preference.jsonl"]
+        seen = shared("attention", inputs, [params.ensemble, threshold, score.to_dict()], batches, see)
         attention = train_attention(model, run, seen)
         settings = Settings(threshold, params.evaluate.max_new_tokens, params.ensemble)
         before = None if reference is None else MODELS / "sft"
         write_bundle(BUNDLE, MODELS / "popen", before, score, attention, settings)
         run.curves(Path("artifacts/curves/calibrate.csv"))
 
-        ensemble = members.Ensemble(model, reference, score, attention, params.ensemble, threshold)
+        ensemble = Ensemble(model, reference, score, attention, params.ensemble, threshold)
         # the longest first, so that the cores end at about the same time
-        tries = list(product(sorted({*SIZES, params.ensemble.members}, reverse=True), batches))
+        sizes = sorted({*SIZES, params.ensemble.members}, reverse=True)
+        tries = list(product(sizes, range(0, len(asked), size)))
         answered = shared(
             "members",
-            [BUNDLE, val],
-            asking,
+            [BUNDLE, INDEX / "val.jsonl"],
+            [params.calibrate.questions, size],
             range(len(tries)),
             lambda number: tried(ensemble, run, asked, *tries[number]),
         )
