@@ -64,6 +64,7 @@ class Shared:
         return list(in_batches(numbers, make, f"calibrate {name}", parts))
 
     def clear(self) -> None:
+        """Remove what is kept: the stage has written its results."""
         for parts in self._done:
             parts.clear()
 
@@ -287,12 +288,12 @@ def main() -> None:
             part = [plan(number * ATTENTION_BATCH + place) for place in range(ATTENTION_BATCH)]
             return [seen_by_members(model, score, run, threshold, reference, part, params.seed + number)]
 
+        before = None if reference is None else MODELS / "sft"
         batches = range(min(ATTENTION_BATCHES, params.ensemble.steps))
-        inputs = [MODELS / "popen", INDEX / "preference.jsonl"]
+        inputs = [MODELS / "popen", *filter(None, [before]), INDEX / "preference.jsonl"]
         seen = shared("attention", inputs, [params.ensemble, threshold, score.to_dict()], batches, see)
         attention = train_attention(model, run, seen)
         settings = Settings(threshold, params.evaluate.max_new_tokens, params.ensemble)
-        before = None if reference is None else MODELS / "sft"
         write_bundle(BUNDLE, MODELS / "popen", before, score, attention, settings)
         run.curves(Path("artifacts/curves/calibrate.csv"))
 

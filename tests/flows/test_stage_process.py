@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -156,9 +158,16 @@ def test_an_error_of_the_listener_ends_it_too(make: Make) -> None:
     assert run(make_cheap(root), "a")[0] is Outcome.RAN  # and no lock is left behind
 
 
-def test_what_has_just_ended_is_no_zombie_afterwards() -> None:
-    process = subprocess.Popen(["true"], start_new_session=True)
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended and nobody has asked for it
+def test_what_ends_while_it_is_looked_at_is_no_zombie_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = subprocess.Popen(["sleep", "7775"], start_new_session=True)
+    look = psutil.process_iter
+
+    def ends(attributes: list[str]) -> Iterator[psutil.Process]:
+        process.send_signal(signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is not collected
+        return look(attributes)
+
+    monkeypatch.setattr(psutil, "process_iter", ends)
     stage_process._end_group(process)
     assert not psutil.pid_exists(process.pid)
 
