@@ -21,6 +21,7 @@ from prefect.states import Completed, State
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from flows import lock_file, orphans, run_page
+from flows.by_hand import by_hand
 from flows.dvc_graph import Stage, read, unaccompanied
 from flows.parent_run import ParentRun
 from flows.stage_process import FREE_SPACE, Outcome, StageError, reproduce, run_dvc
@@ -242,7 +243,10 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="also run stages that did not change")
     words = parser.parse_args()
     os.chdir(find_root(Path.cwd()))
-    popen_pipeline(targets=words.targets or None, overrides=words.overrides, force=words.force)
+    by_hand(
+        lambda: popen_pipeline(targets=words.targets or None, overrides=words.overrides, force=words.force),
+        PipelineError,
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from prefect.states import State
 from prefect.tasks import RetryConditionCallable
 
 from flows import orphans, parent_run
+from flows.by_hand import by_hand
 from flows.pipeline import PAUSES, PipelineError, popen_pipeline, remote_failed
 from flows.stage_process import run_dvc
 from popen import params as parameters
@@ -217,7 +218,11 @@ def main() -> None:
     )
     words = parser.parse_args()
     os.chdir(pipeline.find_root(Path.cwd()))
-    print(retrain(force=words.force, max_age_days=words.max_age_days))
+    print(
+        by_hand(
+            lambda: retrain(force=words.force, max_age_days=words.max_age_days), PipelineError, RetrainError
+        )
+    )
 
 
 if __name__ == "__main__":
