@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from popen.data.images import open_image
@@ -32,33 +33,38 @@ def class_mean_swap(
     asked = [sample for sample in samples if sample.targets]
     if not any(_twins(sample) for sample in asked):
         return {"targets": 0.0}
-    encoded, features, embeddings, kinds, shared = [], [], [], list[str](), list[bool]()
+    encoded, features, embeddings, own = [], [], [], []
+    kinds, shared = list[str](), list[bool]()
     for start in tqdm(range(0, len(asked), batch), desc="class means", unit="batch", mininterval=2.0):
         part = asked[start : start + batch]
         rows = [Row(i, s.question, s.answer, [decode(t.rle) for t in s.targets]) for i, s in enumerate(part)]
         images = [open_image(root, s.image, max_pixels) for s in part]
         encoded.append(model.encoder.batch(images, rows).to(model.device))
         features.append(model.tower(encoded[-1].images))
-        embeddings.append(model(encoded[-1], features[-1]).embeddings)
+        output = model(encoded[-1], features[-1])
+        embeddings.append(output.embeddings)
+        own.append(_ious(output.masks > threshold, encoded[-1].masks))
         for sample in part:
             twins = _twins(sample)
             kinds += [target.category for target in sample.targets]
             shared += [target.category in twins for target in sample.targets]
     every = torch.cat(embeddings)
-    means = {kind: every[[k == kind for k in kinds]].mean(0) for kind in set(kinds)}
-    swapped = torch.stack([means[kind] for kind in kinds]).split([len(e) for e in embeddings])
-    found = {"iou": embeddings, "iou_class_mean": list(swapped)}
-    out = {"targets": float(sum(shared))}
-    for name, parts in found.items():
-        ious = []
-        for data, levels, embedding in zip(encoded, features, parts, strict=True):
-            masks = model.decode(embedding, levels, data.images, data.image_of_target) > threshold
-            truth = data.masks > 0
-            joint = (masks | truth).flatten(1).sum(1)
-            ious.append((masks & truth).flatten(1).sum(1) / joint.clamp(min=1))
-        out[name] = float(torch.cat(ious)[torch.tensor(shared)].mean())
-    out["drop"] = out["iou"] - out["iou_class_mean"]
-    return out
+    by_kind = {kind: every[[k == kind for k in kinds]].mean(0) for kind in set(kinds)}
+    swapped = torch.stack([by_kind[kind] for kind in kinds]).split([len(e) for e in embeddings])
+    meant = [
+        _ious(model.decode(e, levels, data.images, data.image_of_target) > threshold, data.masks)
+        for data, levels, e in zip(encoded, features, swapped, strict=True)
+    ]
+    counted = torch.tensor(shared)
+    iou, mean = (float(torch.cat(parts).cpu()[counted].mean()) for parts in (own, meant))
+    return {"targets": float(sum(shared)), "iou": iou, "iou_class_mean": mean, "drop": iou - mean}
+
+
+def _ious(masks: Tensor, true: Tensor) -> Tensor:
+    """Masks (N, H, W) and the true ones -> (N,)."""
+    truth = true > 0
+    joint = (masks | truth).flatten(1).sum(1)
+    return (masks & truth).flatten(1).sum(1) / joint.clamp(min=1)
 
 
 def _twins(sample: Sample) -> set[str]:
