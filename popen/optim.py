@@ -7,21 +7,32 @@ from torch import nn
 
 from popen.params import TrainParams
 
+Slow = tuple[nn.Module, float]  # a part of the model, and its learning rate as a share of `params.lr`
 
-def optimizers(model: nn.Module, params: TrainParams) -> list[torch.optim.Optimizer]:
+
+def optimizers(
+    model: nn.Module, params: TrainParams, slow: Slow | None = None
+) -> list[torch.optim.Optimizer]:
     """AdamW, without weight decay on vectors; with `params.muon`, Muon for the matrices it is made for.
 
     Muon takes weights of linear layers, tied embeddings left out; `params.muon` is its learning rate in
     AdamW's scale (updates are matched in RMS). A language model from scratch learns more a step with it
-    (docs/results.md).
+    (docs/results.md). AdamW takes all of the `slow` part, which knows its trade already.
     """
-    matrices = _between_layers(model) if params.muon else []
+    part, share = slow or (nn.Module(), 1.0)
+    late = {id(p) for p in part.parameters()}
+    matrices = [w for w in _between_layers(model) if id(w) not in late] if params.muon else []
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": params.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = []
+    for rate, members in (
+        (params.lr, [p for p in rest if id(p) not in late]),
+        (share * params.lr, [p for p in rest if id(p) in late]),
+    ):
+        arrays, vectors = [p for p in members if p.ndim > 1], [p for p in members if p.ndim <= 1]
+        groups.append({"params": arrays, "weight_decay": params.weight_decay, "lr": rate})
+        groups.append({"params": vectors, "weight_decay": 0.0, "lr": rate})
+    groups = [group for group in groups if group["params"]]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=params.lr, betas=(0.9, 0.95))]
     if matrices:
         found.append(

@@ -154,6 +154,7 @@ class SftParams(Group):
     train: TrainParams
     masks: Positive  # of an image's questions, how many supervise masks too; the rest teach words alone
     loss: SftWeights
+    vision: Share  # the tower's learning rate as a share of train.lr; 0 keeps it frozen
 
 
 class JudgeParams(Group):
@@ -259,6 +260,12 @@ class Params(Group):
     ensemble: EnsembleParams
     evaluate: EvaluateParams
     gate: GateParams
+
+    @model_validator(mode="after")
+    def _published_towers_are_frozen(self) -> Self:
+        if self.sft.vision > 0 and not self.model.vision.untrained:
+            raise ValueError("sft.vision must be 0: weights that model.vision.pretrained names are frozen")
+        return self
 
 
 class ParamsError(ValueError):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from popen import devices, sharding
-from popen.optim import optimizers
+from popen.optim import Slow, optimizers
 from popen.params import TrainParams
 
 Log = Callable[[dict[str, float], int], None]
@@ -102,6 +102,7 @@ def train(
     checkpoints: Any,
     name: str,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    slow: Slow | None = None,
 ) -> None:
     """Train `model` in place for `params.steps` optimiser steps.
 
@@ -111,6 +112,7 @@ def train(
         loss: the model and a batch -> scalar and its parts. Its means are multiplied by `devices.share`,
             or several processes would weigh their parts of a batch alike, whatever is in them.
         checkpoints: a `popen.checkpoints.Checkpoints`; training goes on from the last complete one.
+        slow: see `popen.optim.optimizers`.
         evaluate: called every `params.eval_every` steps and at the end; what it returns is logged.
 
     Every process calls this with the same arguments; all but the main one log and write nothing.
@@ -134,7 +136,7 @@ def train(
     if sharding.wanted():
         sharding.shard(model.to(accelerator.device))
     trainable = [p for p in model.parameters() if p.requires_grad]
-    chosen = optimizers(model, params)
+    chosen = optimizers(model, params, slow)
     warmup = math.ceil(params.warmup * params.steps)
     schedules = [get_cosine_schedule_with_warmup(one, warmup, params.steps) for one in chosen]
     curve = Curve(log)
@@ -278,6 +280,14 @@ def _stop_unless_shareable(model: nn.Module, params: TrainParams, name: str) -> 
             f"{name}: Muon needs whole matrices, and {sharding.ASKED}=1 spreads them over the devices; set "
             "`muon` to 0 or leave them whole"
         )
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and any(
+            parameter.requires_grad for parameter in module.parameters()
+        ):
+            raise devices.DevicesError(
+                f"{name}: batch norm that trains would see another batch on each device; keep the tower "
+                "frozen (sft.vision 0) or use one device"
+            )
 
 
 def _stop_unless_finite(

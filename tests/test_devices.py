@@ -172,10 +172,15 @@ def equal_answers(pair: TextPair) -> TextPair:
     )
 
 
-def test_what_two_processes_cannot_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_two_processes_cannot_share_is_refused(
+    mini_model: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(DevicesError, match="4 images a step cannot be shared by 3 devices"):
         toys.run(toys.toy(0.0), tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DevicesError, match=r"batch norm that trains .* keep the tower frozen"):
+        toys.run(toys.toy(), tmp_path)
 
 
 def test_muon_is_refused_where_the_model_is_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,21 @@ def test_adamw_takes_everything_that_trains_and_does_not_decay_vectors() -> None
     assert {id(p) for p in others["params"]} == {id(model.layer.bias), id(model.conv.bias)}
 
 
+def test_the_slow_part_is_adamws_at_its_share_of_the_rate() -> None:
+    model = Tied()
+    (adamw,) = optimizers(model, params(muon=0.02), (model.layer, 0.25))  # Muon is left no matrix
+    assert [(group["lr"], group["weight_decay"]) for group in adamw.param_groups] == [
+        (0.1, 0.5),
+        (0.1, 0.0),
+        (0.025, 0.5),
+        (0.025, 0.0),
+    ]
+    late = [id(p) for group in adamw.param_groups[2:] for p in group["params"]]
+    assert late == [id(model.layer.weight), id(model.layer.bias)]
+    everything = [id(p) for group in adamw.param_groups for p in group["params"]]
+    assert sorted(everything) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
 def test_muon_takes_matrices_between_layers_alone_and_leaves_the_rest_to_adamw() -> None:
     model = Tied()
     adamw, muon = optimizers(model, params(muon=0.02))

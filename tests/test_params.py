@@ -96,6 +96,14 @@ def test_a_bad_key_is_refused_by_name(
     assert problem in lines[1]
 
 
+def test_published_towers_stay_frozen(tmp_path: Path) -> None:
+    raw = yaml.safe_load(PARAMS.read_text())
+    raw["model"]["vision"]["pretrained"] = "openai"
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(ParamsError, match=r"sft\.vision must be 0"):
+        load(tmp_path / "params.yaml")
+
+
 def test_a_role_that_is_null_is_left_out(tmp_path: Path) -> None:
     raw = yaml.safe_load(PARAMS.read_text())
     raw["data"]["splits"]["refcoco"] = None

@@ -18,6 +18,7 @@ from popen.masks import decode
 from popen.model.batches import Batch, Row
 from popen.model.losses import sft_loss
 from popen.model.segmenter import Segmenter
+from popen.optim import Slow
 from popen.params import SftWeights, TrainParams
 from popen.parts import Parts
 from popen.preference.records import TextPair
@@ -121,6 +122,7 @@ def fit(
     inputs: Iterable[Path],
     settings: Iterable[object],
     save: Callable[[], None],
+    slow: Slow | None = None,
 ) -> None:
     """Train with checkpoints keyed by all that shapes the result, log the curves, save the result.
 
@@ -128,7 +130,7 @@ def fit(
     checkpoints are removed only when `save` has written the result: a full disk then costs no training.
     """
     checkpoints = Checkpoints(_kept_in(run, [params, *settings], inputs))
-    train(model, params, item, collate, loss, run.log_metrics, checkpoints, run.name, evaluate)
+    train(model, params, item, collate, loss, run.log_metrics, checkpoints, run.name, evaluate, slow)
     run.curves(Path("artifacts/curves") / f"{run.name.replace('@', '_')}.csv")
     if run.main:
         save()

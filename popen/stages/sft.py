@@ -32,7 +32,8 @@ def main() -> None:
         model = Segmenter(params.model, tokenizer, categories_of(train_samples))
         if params.model.vision.untrained:
             model.load_state_dict(load_file(VISION / "model.safetensors"), strict=False)
-        model.tower.requires_grad_(False)  # it can see; training it with the rest gained nothing for its time
+        if params.sft.vision == 0:
+            model.tower.requires_grad_(False)
         run.say(
             f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f} M parameters train"
         )
@@ -52,6 +53,7 @@ def main() -> None:
             [VISION, INDEX / "train.jsonl", INDEX / "val.jsonl"],
             [params.model, params.sft],
             lambda: model.save(OUT),
+            (model.tower, params.sft.vision),
         )
 
 
