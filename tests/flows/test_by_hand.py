@@ -26,5 +26,6 @@ def test_a_run_without_a_server_ends_quietly(make: Make, tmp_path: Path) -> None
 def test_a_failed_run_ends_with_one_line(make: Make, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(make({"a": stage("false", "a.txt")}))
     monkeypatch.setattr(sys, "argv", ["flows.pipeline"])
+    monkeypatch.setenv("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")  # so that it is taken back
     with pytest.raises(SystemExit, match=r"^error: failed: a\. The log of each task has its last lines$"):
         main()
