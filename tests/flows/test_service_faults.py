@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -41,7 +42,8 @@ def held_run(root: Path, result: int) -> str:
 
 def kill(*killed: psutil.Process) -> None:
     for process in killed:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # a child may have ended by itself
+            process.kill()
     psutil.wait_procs(killed, 10)
 
 
