@@ -152,7 +152,7 @@ class SftWeights(Group):
 
 class SftParams(Group):
     train: TrainParams
-    masks: Positive  # of an image's questions, how many supervise masks too; the rest teach words alone
+    masks: Positive  # of an image's questions, for how many the masks are drawn (what costs most)
     loss: SftWeights
     vision: Share  # the tower's learning rate as a share of train.lr; 0 keeps it frozen
 

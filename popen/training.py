@@ -202,7 +202,10 @@ def train(
                 prepared.eval()
                 figures = evaluate()
                 curve.point(figures, step)
-                _say(f"{name} step {step}: " + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+                _say(
+                    f"{name} step {step}: "
+                    + "  ".join(f"{k.rpartition('/')[2]} {v:.3f}" for k, v in figures.items())
+                )
                 prepared.train()
             if step % params.checkpoint_every == 0 and step < params.steps:
                 _save(checkpoints, step, lambda folder: accelerator.save_state(str(folder)))
@@ -232,7 +235,8 @@ def _keep_plain(accelerator: Any, model: nn.Module, chosen: Sequence[torch.optim
     """Checkpoints hold the plain model and moments: any number of processes can go on from them."""
 
     def save(_: list[nn.Module], states: list[dict[str, Tensor]], __: str) -> None:
-        states[0] = sharding.weights(model) if sharding.wanted() else model.state_dict()
+        plain = sharding.weights(model) if sharding.wanted() else model.state_dict()
+        states[0] = {name: value.contiguous() for name, value in plain.items()}  # safetensors takes no other
 
     def load(models: list[nn.Module], folder: str) -> None:
         if sharding.wanted():

@@ -26,7 +26,8 @@ from popen.samples import Sample
 class Row:
     """A question about image number `image` of its batch; `answer` None asks for one to be generated.
 
-    `masks` (one a `{seg}`, any size) supervise the answer's targets; None leaves them unsupervised.
+    `masks` (one a `{seg}`, any size) supervise the answer's targets; None leaves them unsupervised. Where not
+    `drawn`, they teach where a target is, and the model draws none for them: drawing is what costs.
     `kinds` (one a `{seg}`) are what the answer names; None where they are not to be learnt.
     """
 
@@ -36,6 +37,7 @@ class Row:
     masks: Sequence[Mask] | None = None
     ignore: Mask | None = None
     kinds: Sequence[str] | None = None
+    drawn: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Batch:
     # (R, T) the target (of N) that an answer comes to next, as seen from before each of its words; NOTHING
     # behind the last, IGNORED where masks are not supervised and where the next token is forced
     aimed: Tensor | None = None
+    drawn: Tensor | None = None  # (N,) bool: the model draws a mask for the target; None: for all
 
     @property
     def answered(self) -> Tensor:
@@ -73,6 +76,10 @@ class Batch:
     @property
     def image_of_target(self) -> Tensor:
         return self.image_of_row[self.row_of_target]
+
+    def of_drawn(self, part: Tensor) -> Tensor:
+        """Rows of a tensor (N, ...) that belong to targets with drawn masks."""
+        return part if self.drawn is None else part[self.drawn]
 
     def with_images(self, images: Tensor) -> Batch:
         """The same rows about other pixels (B, 3, H, W): perturbed copies of the images."""
@@ -190,6 +197,7 @@ class Encoder:
         aimed = torch.full((len(rows), length), IGNORED, dtype=torch.long)
         positions: list[list[int]] = []
         row_of: list[int] = []
+        drawn: list[bool] = []
         masks: list[Mask] = []
         valid: list[Mask] = []
         for index, (row, prompt, answer) in enumerate(zip(rows, prompts, answers, strict=True)):
@@ -219,6 +227,7 @@ class Encoder:
             for first, mask in zip(firsts, row.masks, strict=True):
                 positions.append(list(range(first, first + len(self.codebook))))
                 row_of.append(index)
+                drawn.append(row.drawn)
                 masks.append(mask_array(mask, self.size))
                 valid.append(keep)
         shape = (0, self.size, self.size)
@@ -239,6 +248,7 @@ class Encoder:
             centres=torch.from_numpy(np.stack(centres)) if centres else None,
             named=named if dense else None,
             aimed=aimed if dense else None,
+            drawn=None if all(drawn) else torch.tensor(drawn),
         )
 
     def _inventory(self, rows: Sequence[Row]) -> Tensor:

@@ -91,8 +91,9 @@ class Scale(nn.Module):
             tokens, flat = block(tokens, flat)
         up = F.gelu(self.up(flat.transpose(1, 2).reshape(n, width, h, w)))
         refined = tokens.flatten(1)
-        logits = torch.einsum("nc,nchw->nhw", self.hyper(refined), up) / (width // 2) ** 0.5
-        return logits, refined
+        # pixel by pixel, as convolutions have them in memory
+        logits = up.flatten(2).transpose(1, 2) @ self.hyper(refined).unsqueeze(-1) / (width // 2) ** 0.5
+        return logits.view(n, 2 * h, 2 * w), refined
 
 
 class PixelDecoder(nn.Module):

@@ -126,6 +126,7 @@ class DenseTower(nn.Module):
         self.neck = Neck(self.tower.widths, self.tower.grids, params.decoder.width)
         self.dense = dense_head(params.decoder.width, len(categories))
         self.centres = Centres(self.tower.widths, len(categories))
+        self.to(memory_format=torch.channels_last)  # as the Segmenter's
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, H, W) -> logits (B, 1 + categories, h, w), the painted images (B, 3, h', w') and the map of

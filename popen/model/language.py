@@ -89,9 +89,13 @@ def build_language(
             eos_token_id=eos,
             pad_token_id=pad,
             tie_word_embeddings=True,
-            attn_implementation="sdpa",
+            # as fast as "sdpa" and in bfloat16 on a CPU a tenth of a training step faster
+            attn_implementation="eager",
         )
         language: Any = LlamaForCausalLM(config)
+        for layer in language.model.layers:
+            layer.input_layernorm.register_forward_hook(_as_read)
+            layer.post_attention_layernorm.register_forward_hook(_as_read)
     else:
         if pretrained:
             language, projector = load_published(params.name, dtype)
@@ -106,6 +110,12 @@ def build_language(
     if params.checkpointing:
         language.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return language, projector
+
+
+def _as_read(_: Any, __: Any, states: Tensor) -> Tensor:
+    """What a norm gives, in autocast's type: each of the linear layers behind it would cast it anew."""
+    kind = states.device.type
+    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
 
 
 def _make_room(language: Any, size: int, new: Sequence[int], name: str) -> None:

@@ -58,15 +58,17 @@ def contested(logits: Tensor, row_of_target: Tensor, rows: int) -> Tensor:
 
 
 def mask_loss(logits: Tensor, batch: Batch, weights: SftWeights) -> dict[str, Tensor]:
-    """BCE, with the contested pixels weighted by 1 + refine (PixelLM's target refinement), and Dice."""
+    """BCE, with the contested pixels weighted by 1 + refine (PixelLM's target refinement), and Dice, of the
+    drawn targets."""
     part = share(len(logits))
     if not len(logits):
         return {"bce": logits.sum(), "dice": logits.sum()}
-    claimed = contested(logits, batch.row_of_target, len(batch.input_ids))
-    pixel_weights = batch.valid * (1 + weights.refine * claimed)
+    masks, valid, rows = (batch.of_drawn(part) for part in (batch.masks, batch.valid, batch.row_of_target))
+    claimed = contested(logits, rows, len(batch.input_ids))
+    pixel_weights = valid * (1 + weights.refine * claimed)
     return {
-        "bce": bce(logits.float(), batch.masks, pixel_weights).mean() * part,
-        "dice": dice(logits.float(), batch.masks, batch.valid).mean() * part,
+        "bce": bce(logits.float(), masks, pixel_weights).mean() * part,
+        "dice": dice(logits.float(), masks, valid).mean() * part,
     }
 
 

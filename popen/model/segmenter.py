@@ -33,7 +33,7 @@ COUNTED = 3  # of a kind, up to which number the inventory counts
 class Output:
     logits: Tensor  # (A, V): one row a token of the answers (a label that is not IGNORED), in reading order
     embeddings: Tensor  # (N, S, C)
-    masks: Tensor  # (N, H, W) logits
+    masks: Tensor  # (N, H, W) logits; of the drawn targets alone where the batch says which
     dense: Tensor | None = None  # (B, 1 + categories, h, w) logits
     described: Tensor | None = None  # (N, S, 1 + categories + 3), see `describe_loss`
     looked: Tensor | None = None  # (N, S, h w) logits, see `point_loss`
@@ -104,6 +104,7 @@ class Segmenter(nn.Module):
             categories,
             self.tower.grids[-1],
         )
+        self.to(memory_format=torch.channels_last)  # convolutions of few channels take a third of the time
         # a named base model provides what it brought and nothing trains, whatever a stage freezes later
         trains = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
         own = {"language.": params.language.name == "custom", "tower.": params.vision.untrained}
@@ -133,10 +134,7 @@ class Segmenter(nn.Module):
     def find(self, features: list[Tensor]) -> Tensor | None:
         """Features of B images -> the map of the things' centres (B, categories, h, w), where there is a
         tally."""
-        if self.centres is None:
-            return None
-        with torch.autocast(features[0].device.type, enabled=False):  # in bfloat16 a peak ties with its slope
-            return cast(Tensor, self.centres([level.float() for level in features]))
+        return None if self.centres is None else cast(Tensor, self.centres(features))
 
     def _tokens(self, features: list[Tensor], dense: Tensor | None, centres: Tensor | None) -> Tensor:
         tokens: Tensor = self.projector(features[0])
@@ -229,7 +227,9 @@ class Segmenter(nn.Module):
         return Output(
             logits=self.causal.get_output_embeddings()(spoken[:, :-1][batch.answered[:, first:]]),
             embeddings=embeddings,
-            masks=self._masks(embeddings, levels, batch.images, batch.image_of_target),
+            masks=self._masks(
+                batch.of_drawn(embeddings), levels, batch.images, batch.of_drawn(batch.image_of_target)
+            ),
             dense=dense,
             described=self.describe(embeddings) if supervised else None,
             looked=looked,

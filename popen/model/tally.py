@@ -63,7 +63,9 @@ class Centres(nn.Module):
         """[(B, width, h, w)] coarse to fine -> logits (B, categories, h', w') on the finest level's cells."""
         fine = self.fine(features[-1])
         coarse = F.interpolate(self.coarse(features[0]), size=fine.shape[-2:], mode="bilinear")
-        return self.out(F.gelu(self.mix(F.gelu(self.norm(fine + coarse)))))
+        mixed = F.gelu(self.mix(F.gelu(self.norm(fine + coarse))))
+        with torch.autocast(fine.device.type, enabled=False):  # in bfloat16 a peak ties with its slope
+            return self.out(mixed.float())
 
 
 def centre_loss(logits: Tensor, labels: Tensor) -> Tensor:

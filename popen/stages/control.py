@@ -32,7 +32,7 @@ def main() -> None:
             model,
             train,
             plan.item,
-            sft_collate(model, run, auxiliary=False),
+            sft_collate(model, run, train.questions, auxiliary=False),
             loss,
             None,
             [MODEL, INDEX / "train.jsonl"],

@@ -15,11 +15,12 @@ from popen.data import refcoco
 from popen.data.images import open_image
 from popen.data.plan import Plan
 from popen.masks import decode
+from popen.model import IGNORED
 from popen.model.batches import Batch, Row
-from popen.model.losses import sft_loss
+from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
 from popen.optim import Slow
-from popen.params import SftWeights, TrainParams
+from popen.params import TrainParams
 from popen.parts import Parts
 from popen.preference.records import TextPair
 from popen.samples import Sample, read_index
@@ -33,6 +34,7 @@ INDEX = Path("artifacts/index")
 MODELS = Path("artifacts/models")
 PREFERENCES = Path("artifacts/preferences")
 TEXT_PAIRS = PREFERENCES / "text.jsonl"
+HELD_OUT = 48  # images of a kind of benchmark that validation looks at
 
 
 def samples(role: str) -> list[Sample]:
@@ -52,14 +54,16 @@ def image_plan(samples: Sequence[Sample], questions: int, seed: int) -> Plan[Sam
     return Plan(samples, questions, seed, key=lambda sample: sample.image)
 
 
-def sft_collate(model: Segmenter, run: Run, auxiliary: bool) -> Callable[[Sequence[list[Sample]]], Batch]:
+def sft_collate(
+    model: Segmenter, run: Run, drawn: int, auxiliary: bool
+) -> Callable[[Sequence[list[Sample]]], Batch]:
     """Items (the samples of one image each) -> a supervised batch.
 
-    `sft.masks` samples of an item supervise masks too: one that refers to a thing where there is one, for
-    its words teach nothing without the mask, and the first of the others. `auxiliary` adds what the
-    auxiliary losses compare with.
+    Of `drawn` samples of an item the masks are drawn: one that refers to a thing where there is one, for its
+    words teach little without the mask, and the first of the others. `auxiliary` adds what the auxiliary
+    losses compare with; some of those learn from all samples' masks.
     """
-    data, masks = run.params.data, run.params.sft.masks
+    data = run.params.data
 
     def collate(items: Sequence[list[Sample]]) -> Batch:
         images = [open_image(Path(data.root), item[0].image, data.max_pixels) for item in items]
@@ -67,37 +71,46 @@ def sft_collate(model: Segmenter, run: Run, auxiliary: bool) -> Callable[[Sequen
         for image, item in enumerate(items):
             first = next((n for n, sample in enumerate(item) if sample.benchmark in refcoco.SPLITS), 0)
             for place, sample in enumerate([item[first], *item[:first], *item[first + 1 :]]):
-                row = sample_row(sample, image)
                 kinds = [target.category for target in sample.targets] if auxiliary else None
-                rows.append(replace(row, masks=row.masks if place < masks else None, kinds=kinds))
+                rows.append(replace(sample_row(sample, image), kinds=kinds, drawn=place < drawn))
         return model.encoder.batch(images, rows, [item[0] for item in items] if auxiliary else ())
 
     return collate
 
 
-def validation(
-    model: Segmenter, run: Run, held_out: Sequence[Sample], weights: SftWeights
-) -> Callable[[], dict[str, float]]:
-    """Loss and IoU on held-out questions with the true answers fed (teacher-forced, and called so)."""
-    plan = image_plan(held_out, run.params.sft.masks, run.params.seed)
-    collate = sft_collate(model, run, auxiliary=False)
-    count = min(len(plan.groups), 192)
-    batches = [collate([plan.item(i) for i in range(at, min(at + 32, count))]) for at in range(0, count, 32)]
+def validation(model: Segmenter, run: Run, held_out: Sequence[Sample]) -> Callable[[], dict[str, float]]:
+    """Cross-entropy and IoU on held-out questions of each kind of benchmark with the true answers fed
+    (teacher-forced), so that the words of captions do not hide those of reasoning questions."""
+    questions = run.params.sft.train.questions
+    collate = sft_collate(model, run, questions, auxiliary=False)
+    kinds = sorted({_kind(sample) for sample in held_out})
+    batches = dict[str, list[Batch]]()
+    for kind in kinds:
+        plan = image_plan([s for s in held_out if _kind(s) == kind], questions, run.params.seed)
+        items = [plan.item(number) for number in range(min(len(plan.groups), HELD_OUT))]
+        batches[kind] = [collate(items[at : at + 24]) for at in range(0, len(items), 24)]
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        ce, ious = list[Tensor](), list[Tensor]()
-        for batch in batches:
-            batch = batch.to(model.device)
-            output = model(batch)
-            ce.append(sft_loss(output, batch, weights)[1]["ce"])
-            predicted, true = (output.masks > 0) & (batch.valid > 0), (batch.masks > 0) & (batch.valid > 0)
-            joint = (predicted | true).flatten(1).sum(1)
-            ious.append((predicted & true).flatten(1).sum(1) / joint.clamp(min=1) + (joint == 0).float())
-        means = float(torch.stack(ce).mean()), float(torch.cat(ious).mean())
-        return dict(zip(("val/ce_teacher_forced", "val/iou_teacher_forced"), means, strict=True))
+        found = dict[str, float]()
+        for kind, parts in batches.items():
+            ce, ious = list[Tensor](), list[Tensor]()
+            for batch in (part.to(model.device) for part in parts):
+                output = model(batch)
+                ce.append(-token_logps(output.logits, batch)[batch.labels != IGNORED])
+                predicted, true = (mask & (batch.valid > 0) for mask in (output.masks > 0, batch.masks > 0))
+                joint = (predicted | true).flatten(1).sum(1)
+                ious.append((predicted & true).flatten(1).sum(1) / joint.clamp(min=1) + (joint == 0).float())
+            found[f"val_teacher_forced/ce_{kind}"] = float(torch.cat(ce).mean())
+            if sum(map(len, ious)):
+                found[f"val_teacher_forced/iou_{kind}"] = float(torch.cat(ious).mean())
+        return found
 
     return evaluate
+
+
+def _kind(sample: Sample) -> str:
+    return "refcoco" if sample.benchmark in refcoco.SPLITS else sample.benchmark
 
 
 def pair_plan(pairs: Sequence[Pair], seed: int) -> Callable[[int], Pair]:

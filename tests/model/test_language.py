@@ -49,6 +49,22 @@ def with_language(**changes: object) -> Segmenter:
     return Segmenter(params.model_copy(update={"language": language}), tokenizer, CATEGORIES)
 
 
+def test_norms_give_what_is_read_and_change_nothing() -> None:
+    """In bfloat16 our language model says, bit for bit, what transformers' own says with the same weights."""
+    ours = with_language().causal
+    plain = LlamaForCausalLM(ours.config)
+    plain.load_state_dict(ours.state_dict())
+    ids = torch.arange(4, 20)[None]
+    read: dict[str, torch.dtype] = {}
+    query = ours.model.layers[0].self_attn.q_proj
+    query.register_forward_pre_hook(lambda _, given: read.update(dtype=given[0].dtype))
+    assert torch.equal(ours(ids).logits, plain(ids).logits)
+    assert read["dtype"] == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(ids).logits, plain(ids).logits)
+    assert read["dtype"] == torch.bfloat16
+
+
 def step(model: Segmenter, picture: Image.Image, sample: Sample) -> set[str]:
     """One step of training; returns the names of the parameters that moved."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

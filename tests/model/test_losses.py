@@ -84,6 +84,14 @@ def test_contested_pixels_weigh_more_in_bce_alone() -> None:
     assert float(apart["bce"]) == pytest.approx((softplus(-1.0) + (softplus(-1.0) + softplus(1.0)) / 2) / 2)
 
 
+def test_masks_that_are_not_drawn_change_nothing() -> None:
+    masks = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]], [[1.0, 1.0]]])
+    logits = torch.tensor([[[1.0, 1.0]], [[-1.0, 1.0]]])
+    drawn = replace(batch(masks, [0, 1, 1]), drawn=torch.tensor([True, False, True]))
+    alone = batch(masks[[0, 2]], [0, 1])
+    assert mask_loss(logits, drawn, WEIGHTS) == mask_loss(logits, alone, WEIGHTS)
+
+
 def test_ignored_pixels_change_nothing() -> None:
     masks, valid = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1.0, 0.0]]])
     first = mask_loss(torch.tensor([[[0.5, -9.0]]]), batch(masks, [0], valid), WEIGHTS)

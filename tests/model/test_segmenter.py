@@ -38,6 +38,37 @@ def test_forward_shapes(mini_model: Segmenter, picture: Image.Image, sample: Sam
     assert (batch.input_ids[batch.row_of_target, batch.positions[:, 0]] == first).all()
 
 
+def test_only_what_is_drawn_costs_a_mask(mini_model: Segmenter, picture: Image.Image, sample: Sample) -> None:
+    """The undrawn targets keep their embeddings and where the words look for them; nothing else changes."""
+    asked = [rows(sample)[0], dataclasses.replace(rows(sample)[1], drawn=False)]
+    whole, part = (mini_model.encoder.batch([picture], some, [sample]) for some in (rows(sample), asked))
+    assert whole.drawn is None
+    assert part.of_drawn(part.row_of_target).tolist() == [0, 0]
+    every, some = mini_model(whole), mini_model(part)
+    torch.testing.assert_close(some.masks, every.masks[:2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(some.embeddings, every.embeddings)
+    assert part.aimed is not None
+    assert whole.aimed is not None
+    assert part.aimed.tolist() == whole.aimed.tolist()
+    none = mini_model.encoder.batch([picture], [dataclasses.replace(row, drawn=False) for row in asked])
+    assert mini_model(none).masks.shape == (0, 32, 32)
+
+
+def test_convolutions_have_their_channels_last(
+    mini_model: Segmenter, picture: Image.Image, sample: Sample, tmp_path: Path
+) -> None:
+    """Also when read back; where they lie in memory changes no number that matters."""
+    batch = mini_model.encoder.batch([picture], rows(sample))
+    mini_model.save(tmp_path)
+    again = Segmenter.load(tmp_path)
+    for model in (mini_model, again):
+        weights = [part.weight for part in model.modules() if isinstance(part, torch.nn.Conv2d)]
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    plain = Segmenter.load(tmp_path).to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(again(batch).masks, mini_model(batch).masks)
+    torch.testing.assert_close(plain(batch).masks, mini_model(batch).masks, atol=1e-4, rtol=1e-4)
+
+
 def test_padding_changes_nothing(mini_model: Segmenter, picture: Image.Image, sample: Sample) -> None:
     both = mini_model(mini_model.encoder.batch([picture], rows(sample)))
     alone = mini_model(mini_model.encoder.batch([picture], rows(sample)[1:]))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from popen.model.losses import cross_entropy
 from popen.params import TrainParams
 from popen.samples import Sample
 from popen.stages.learning import both_stages, fit, image_plan, pair_plan, sample_row, sft_collate, validation
@@ -123,26 +124,27 @@ def test_a_sample_becomes_a_supervised_row(sample: Sample) -> None:
     assert [int(mask.sum()) for mask in row.masks] == [100, 64]
 
 
-def test_the_first_samples_of_an_item_supervise_masks(
+def test_of_the_first_samples_of_an_item_the_masks_are_drawn(
     run: Run, mini_model: Any, data: tuple[Path, list[Sample]]
 ) -> None:
     root = run.params.data.model_copy(update={"root": str(data[0])})
-    sft = run.params.sft.model_copy(update={"masks": 1})
-    run.params = run.params.model_copy(update={"data": root, "sft": sft})
+    run.params = run.params.model_copy(update={"data": root})
     item = [data[1][0], data[1][0]]
-    batch = sft_collate(mini_model, run, auxiliary=True)([item, item])
-    assert batch.row_of_target.tolist() == [0, 0, 2, 2]  # two targets in each answer
+    batch = sft_collate(mini_model, run, 1, auxiliary=True)([item, item])
+    assert batch.row_of_target.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]  # two targets in each answer
+    assert batch.of_drawn(batch.row_of_target).tolist() == [0, 0, 2, 2]
     assert batch.answered.any(1).all()
     assert batch.inventory is not None
     assert batch.inventory.sum(1).tolist() == [2, 2, 2, 2]
-    bare = sft_collate(mini_model, run, auxiliary=False)([item, item])
+    bare = sft_collate(mini_model, run, 2, auxiliary=False)([item, item])
     assert bare.inventory is None
     assert bare.dense is None
+    assert bare.of_drawn(bare.row_of_target).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     one = item[0].targets[:1]
     refers = replace(item[0], benchmark="refcoco+", answer="it is the cup {seg}.", targets=one)
-    mixed = sft_collate(mini_model, run, auxiliary=False)([[*item, refers]])
-    assert mixed.row_of_target.tolist() == [0]  # the one that refers to a thing comes first
-    assert mixed.answered.any(1).sum() == 3
+    mixed = sft_collate(mini_model, run, 1, auxiliary=False)([[*item, refers]])
+    assert mixed.of_drawn(mixed.row_of_target).tolist() == [0]  # the one that refers to a thing comes first
+    assert mixed.row_of_target.tolist() == [0, 1, 1, 2, 2]
 
 
 def test_validation_is_of_what_the_model_knows(
@@ -153,8 +155,28 @@ def test_validation_is_of_what_the_model_knows(
     for model in (taught, mini_model):
         root = run.params.data.model_copy(update={"root": str(data[0])})
         run.params = run.params.model_copy(update={"data": root})
-        figures.append(validation(model, run, data[1], WEIGHTS)())
+        figures.append(validation(model, run, data[1])())
     known, unknown = figures
-    assert set(known) == {"val/ce_teacher_forced", "val/iou_teacher_forced"}
-    assert known["val/ce_teacher_forced"] < 1.0 < unknown["val/ce_teacher_forced"]
-    assert known["val/iou_teacher_forced"] > 0.4 > unknown["val/iou_teacher_forced"]
+    assert set(known) == {"val_teacher_forced/ce_muse", "val_teacher_forced/iou_muse"}
+    assert known["val_teacher_forced/ce_muse"] < 1.0 < unknown["val_teacher_forced/ce_muse"]
+    assert known["val_teacher_forced/iou_muse"] > 0.4 > unknown["val_teacher_forced/iou_muse"]
+
+
+def test_validation_tells_benchmarks_apart(run: Run, taught: Any, data: tuple[Path, list[Sample]]) -> None:
+    """By hand: the mean over a kind's tokens, whatever the other kinds' are."""
+    root = run.params.data.model_copy(update={"root": str(data[0])})
+    run.params = run.params.model_copy(update={"data": root})
+    asked = data[1][0]
+    cup = asked.targets[:1]
+    odd = replace(asked, uid="odd", benchmark="refcoco+", answer="it is the cup {seg}.", targets=cup)
+    silent = replace(asked, uid="silent", benchmark="grandf", answer="Nothing.", targets=())
+    found = validation(taught, run, [asked, odd, silent])()
+    assert set(found) == {
+        f"val_teacher_forced/{name}"
+        for name in ("ce_muse", "iou_muse", "ce_refcoco", "iou_refcoco", "ce_grandf")
+    }
+    for kind, sample in (("muse", asked), ("refcoco", odd), ("grandf", silent)):
+        batch = sft_collate(taught, run, 1, auxiliary=False)([[sample]])
+        with torch.no_grad():
+            by_hand = cross_entropy(taught(batch).logits, batch)
+        assert found[f"val_teacher_forced/ce_{kind}"] == pytest.approx(float(by_hand), rel=1e-4)
