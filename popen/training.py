@@ -235,8 +235,7 @@ def _keep_plain(accelerator: Any, model: nn.Module, chosen: Sequence[torch.optim
     """Checkpoints hold the plain model and moments: any number of processes can go on from them."""
 
     def save(_: list[nn.Module], states: list[dict[str, Tensor]], __: str) -> None:
-        plain = sharding.weights(model) if sharding.wanted() else model.state_dict()
-        states[0] = {name: value.contiguous() for name, value in plain.items()}  # safetensors takes no other
+        states[0] = sharding.weights(model) if sharding.wanted() else model.state_dict()
 
     def load(models: list[nn.Module], folder: str) -> None:
         if sharding.wanted():
