@@ -71,10 +71,11 @@ def miniature() -> dict[str, Any]:
     params["pretrain_vision"] |= small | {"steps": 4}
     # enough for answers with masks
     params["sft"]["train"] |= small | {"steps": 160, "questions": 4, "lr": 0.01}
+    params["sft"]["masks"] = 4
     params["sft"]["vision"] = 1.0  # its tower has hardly been trained before
     params["align"]["train"] |= small | {"steps": 4, "lr": 0.001}
     params["text_preferences"]["samples"] = 1
-    params["mask_preferences"] |= {"sigma": 1.0, "margin": 0.0, "area_ratio": 1000.0}
+    params["mask_preferences"] |= {"perturbed": 8, "sigma": 1.0, "margin": 0.0, "area_ratio": 1000.0}
     params["calibrate"] |= {"thresholds": [-1.0, 0.0], "questions": 6}
     params["ensemble"] |= {"members": 2, "steps": 2}
     params["evaluate"] |= {"batch": 32, "max_new_tokens": 24, "bootstrap": 50}
