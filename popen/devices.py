@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,16 +41,32 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def relaunch() -> None:
-    """Become `POPEN_DEVICES` processes of the stage that was started with `python -m`; returns where that
-    is done already, or one is enough. Raises DevicesError for what is not a number."""
-    asked = os.environ.get(ASKED, "1")
+def pair(images: int) -> int:
+    """Processes for a long training of a small model with `images` a step, where nobody asks for a number:
+    two on a CPU that has the cores. They wait for each other a few times a step, threads in every operation.
+    """
+    import torch
+
+    return 1 if torch.cuda.is_available() or _available() < 2 or images % 2 else 2
+
+
+def _available() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
+def relaunch(usual: Callable[[], int] = lambda: 1) -> None:
+    """Become `POPEN_DEVICES` processes, or else `usual`, of the stage that was started with `python -m`;
+    returns where that is done already, or one is enough. Raises DevicesError for what is not a number."""
+    spec = sys.modules["__main__"].__spec__
+    if "RANK" in os.environ or spec is None or not spec.name.startswith(_STAGES):
+        return
+    asked = os.environ.get(ASKED) or str(usual())
     if not asked.isdigit() or not int(asked):
         raise DevicesError(f"{ASKED} is {asked!r}; give the number of devices, as {ASKED}=8")
-    spec = sys.modules["__main__"].__spec__
-    if "RANK" in os.environ or int(asked) == 1 or spec is None or not spec.name.startswith(_STAGES):
+    if int(asked) == 1:
         return
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", asked]
+    os.environ["OMP_NUM_THREADS"] = str(max(1, _available() // int(asked)))
     # the same process goes on, so that who started it (DVC) still waits for it, and may stop it
     os.execv(sys.executable, [*start, "-m", spec.name, *sys.argv[1:]])
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from popen.params import TrainParams
 
@@ -44,6 +47,31 @@ def optimizers(
             )
         )
     return found
+
+
+def deal(muon: torch.optim.Muon) -> None:
+    """Deal the matrices out to the processes of the group: each makes the steps of its own, the costly part
+    of Muon, and hands them to the others. The state that is saved is whole."""
+    matrices = [w for group in muon.param_groups for w in group["params"]]
+    largest_first = sorted(range(len(matrices)), key=lambda number: -matrices[number].numel())
+    owner = {id(matrices[n]): place % dist.get_world_size() for place, n in enumerate(largest_first)}
+
+    def leave_to_others(*_: Any) -> None:
+        for weight in matrices:
+            if owner[id(weight)] != dist.get_rank():
+                weight.grad = None  # Muon passes by what has no gradient
+
+    def hand_out(tensors: dict[int, Tensor]) -> None:
+        waiting = [dist.broadcast(tensors[id(w)], owner[id(w)], async_op=True) for w in matrices]
+        for one in filter(None, waiting):
+            one.wait()
+
+    def whole(*_: Any) -> None:
+        hand_out({id(w): muon.state[w].setdefault("momentum_buffer", torch.zeros_like(w)) for w in matrices})
+
+    muon.register_step_pre_hook(leave_to_others)
+    muon.register_step_post_hook(lambda *_: hand_out({id(w): w.data for w in matrices}))
+    muon.register_state_dict_pre_hook(whole)
 
 
 def _between_layers(model: nn.Module) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from popen import devices, sharding
-from popen.optim import Slow, optimizers
+from popen.optim import Slow, deal, optimizers
 from popen.params import TrainParams
 
 Log = Callable[[dict[str, float], int], None]
@@ -123,6 +123,7 @@ def train(
     from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
     from transformers import get_cosine_schedule_with_warmup
 
+    model.train()
     _stop_unless_shareable(model, params, name)
     accelerator = Accelerator(
         gradient_accumulation_steps=params.accumulate,
@@ -141,6 +142,9 @@ def train(
     schedules = [get_cosine_schedule_with_warmup(one, warmup, params.steps) for one in chosen]
     curve = Curve(log)
     accelerator.register_for_checkpointing(*schedules, curve)
+    for optimizer in chosen:
+        if isinstance(optimizer, torch.optim.Muon) and devices.grouped():
+            deal(optimizer)
     _keep_plain(accelerator, model, chosen)
     objective = _Objective(model, loss)
     prepared = accelerator.prepare_model(objective, evaluation_mode=sharding.wanted())  # that is, without DDP
@@ -159,7 +163,6 @@ def train(
         generator=torch.Generator(),  # its own: drawing from the global one would shift a resumed run's draws
     )
     loader = accelerator.prepare(loader)
-    prepared.train()
     step = done
     with tqdm(
         total=params.steps,
@@ -284,12 +287,9 @@ def _stop_unless_shareable(model: nn.Module, params: TrainParams, name: str) -> 
             "`muon` to 0 or leave them whole"
         )
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and any(
-            parameter.requires_grad for parameter in module.parameters()
-        ):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise devices.DevicesError(
-                f"{name}: batch norm that trains would see another batch on each device; keep the tower "
-                "frozen (sft.vision 0) or use one device"
+                f"{name}: batch norm would see another batch on each device; use one device"
             )
 
 

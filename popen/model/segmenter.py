@@ -111,6 +111,13 @@ class Segmenter(nn.Module):
         base = tuple(part for part, ours in own.items() if not ours)
         self.provided = {name for name in self.state_dict() if name.startswith(base)} - trains
 
+    def train(self, mode: bool = True) -> Self:
+        """The tower keeps the batch statistics of its own training, also where its weights learn: they are
+        known by all processes of a training, and what is trained is what answers."""
+        super().train(mode)
+        self.tower.eval()
+        return self
+
     @property
     def causal(self) -> Any:
         """The causal LM itself, below a LoRA wrapper where there is one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,6 @@ class Tower(nn.Module):
         self.places = nn.ParameterList(_sincos(*level.shape[1:]) for level in probe) if own else None
         if not params.untrained:
             self.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Self:
-        """A frozen tower stays in evaluation mode: its batch statistics are frozen with its weights."""
-        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         order = sorted(set(self.levels))

@@ -112,10 +112,13 @@ class Run:
 
 
 @contextmanager
-def stage(name: str, shared: bool = False) -> Iterator[Run]:
+def stage(
+    name: str, shared: bool = False, usual: Callable[[parameters.Params], int] = lambda params: 1
+) -> Iterator[Run]:
     """Run the body as the stage `name`: in the DVC root, with parameters and an MLflow child run.
 
-    `shared` lets it be several processes (`popen.devices`); the body then runs in each of them.
+    `shared` lets it be several processes (`popen.devices`), `usual` of them where nobody asks for a number;
+    the body then runs in each of them.
 
     Import transformers, peft, open_clip and Great Expectations inside the body: they read the
     environment that is set here (offline unless the parameters name a model of the hub) when they are
@@ -131,14 +134,14 @@ def stage(name: str, shared: bool = False) -> Iterator[Run]:
     gc.set_threshold(50_000, 20, 20)  # imports make no garbage: looking for it takes a second a stage
     try:
         handler = _catch_signals()
-        if shared:
-            devices.relaunch()
-        elif devices.count() > 1:
+        if not shared and devices.count() > 1:
             raise devices.DevicesError(f"{name} runs on one device; start it as one process")
         root = pipeline.find_root(before)
         os.chdir(root)
         quiet()
         params = parameters.load(root / "params.yaml")
+        if shared:
+            devices.relaunch(lambda: usual(params))
         if not needs_hub(params):
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
         run = Run(name, root, pipeline.find_home(root), params)

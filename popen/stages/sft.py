@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from popen import devices
+from popen.params import Params
 from popen.stages.run import stage
 
 VISION, OUT = Path("artifacts/vision"), Path("artifacts/models/sft")
 
 
+def usual(params: Params) -> int:
+    """A model from scratch is small enough for two in a laptop's memory."""
+    return devices.pair(params.sft.train.images) if params.model.language.name == "custom" else 1
+
+
 def main() -> None:
-    with stage("sft", shared=True) as run:
+    with stage("sft", shared=True, usual=usual) as run:
         import torch
         from safetensors.torch import load_file
         from torch import Tensor, nn
@@ -34,9 +41,9 @@ def main() -> None:
             model.load_state_dict(load_file(VISION / "model.safetensors"), strict=False)
         if params.sft.vision == 0:
             model.tower.requires_grad_(False)
-        run.say(
-            f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f} M parameters train"
-        )
+        trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        workers = f"processes: {devices.count()}, threads in each: {torch.get_num_threads()}"
+        run.say(f"{trains / 1e6:.2f} M parameters train; {workers}")
 
         def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             return sft_loss(model(batch), batch, params.sft.loss)
