@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import _muon
 
 from popen import devices
 from popen.checkpoints import Checkpoints
@@ -22,6 +23,7 @@ from popen.masks import decode
 from popen.model.batches import Batch, Row
 from popen.model.losses import sft_loss
 from popen.model.segmenter import Segmenter
+from popen.optim import deal
 from popen.params import AlignParams, TrainParams
 from popen.preference.alignment import align_loss, collate
 from popen.preference.records import MaskPairs, TextPair
@@ -66,7 +68,6 @@ def trained(
 ) -> tuple[list[float], list[Any], dict[str, Tensor]]:
     """Losses of the steps that were made (of this process's part of the images), the curve, the weights."""
     model = copy.deepcopy(model)
-    model.tower.requires_grad_(False)
     losses, points = list[float](), list[Any]()
 
     def loss(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -90,11 +91,16 @@ def trained(
 
 def same(first: Any, second: Any, atol: float = 5e-5) -> None:
     """Curves and weights agree to within rounding, which AdamW enlarges where gradients are tiny, and
-    Muon, which works in bf16, everywhere. The norm of all gradients is as far off as the weights are."""
+    Muon, which works in bf16, everywhere. The norm of all gradients is as far off as the weights are. A pair
+    whose margin is rounding alone counts as won or as lost, and a step has nine pairs."""
     for (step, figures), (again, others) in zip(first[1], second[1], strict=True):
         assert step == again
         close = {
-            name: pytest.approx(value, rel=1e-4 if name == "train/grad_norm" else 1e-5, abs=1e-5)
+            name: pytest.approx(
+                value,
+                rel=1e-4 if name == "train/grad_norm" else 1e-5,
+                abs=0.12 if name.endswith("accuracies") else 1e-5,
+            )
             for name, value in figures.items()
         }
         assert others == close
@@ -106,7 +112,7 @@ def sft(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     return sft_loss(model(batch), batch, SFT)
 
 
-def test_two_processes_make_the_steps_of_one_and_resume_each_others(
+def test_two_processes_make_the_steps_of_one_and_resume_each_others(  # also of a tower that learns
     mini_model: Segmenter, data: Data, tmp_path: Path
 ) -> None:
     batch = sft_batch(mini_model, data)
@@ -149,11 +155,13 @@ def test_two_processes_align_as_one(
         train=PARAMS, text=1.0, beta_t=1.0, gamma=2.0, mask=1.0, mask_form=form, beta_s=0.1, anchor=1.0
     )
     of = align_loss(params, WEIGHTS)
+    model = copy.deepcopy(taught)
+    model.tower.requires_grad_(False)
 
     def run(name: str) -> Any:
         steps = PARAMS.model_copy(update={"steps": 3, "muon": 4e-4})
         return trained(
-            taught, of, lambda items: make([order[item % 4] for item in items]), tmp_path / name, steps
+            model, of, lambda items: make([order[item % 4] for item in items]), tmp_path / name, steps
         )
 
     one = run("one")
@@ -179,8 +187,37 @@ def test_what_two_processes_cannot_share_is_refused(
     with pytest.raises(DevicesError, match="4 images a step cannot be shared by 3 devices"):
         toys.run(toys.toy(0.0), tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(DevicesError, match=r"batch norm that trains .* keep the tower frozen"):
+    with pytest.raises(DevicesError, match="batch norm would see another batch on each device"):
         toys.run(toys.toy(), tmp_path)
+
+
+def test_muons_matrices_are_dealt_out_and_its_state_is_whole() -> None:
+    """Each process orthogonalises its own matrices alone; weights and momenta are those of one process."""
+
+    def weights() -> list[nn.Parameter]:
+        noise = torch.Generator().manual_seed(0)
+        shapes = [(4, 3), (8, 8), (2, 5)]
+        return [nn.Parameter(torch.randn(shape, generator=noise)) for shape in shapes]
+
+    def work() -> tuple[int, list[Tensor], list[Tensor]]:
+        made, plain, matrices = list[Tensor](), _muon._zeropower_via_newtonschulz, weights()
+        _muon._zeropower_via_newtonschulz = lambda update, *rest: made.append(update) or plain(update, *rest)
+        muon = torch.optim.Muon(matrices, lr=0.1)
+        if devices.grouped():
+            deal(muon)
+        for step in range(3):
+            for matrix in matrices:
+                matrix.grad = (matrix * (step + 1)).detach().sin()
+            muon.step()
+        state = muon.state_dict()["state"]
+        momenta = [state[number]["momentum_buffer"] for number in range(len(matrices))]
+        return len(made), [matrix.detach() for matrix in matrices], momenta
+
+    (one,) = together(work, 1)
+    first, second = together(work)
+    assert (one[0], first[0], second[0]) == (9, 6, 3)  # the largest is the first's, the next the second's
+    for process in (first, second):
+        torch.testing.assert_close(process[1:], one[1:], rtol=0, atol=0)
 
 
 def test_muon_is_refused_where_the_model_is_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,18 @@ def test_convolutions_have_their_channels_last(
     torch.testing.assert_close(plain(batch).masks, mini_model(batch).masks, atol=1e-4, rtol=1e-4)
 
 
+def test_the_tower_keeps_its_statistics_in_training(
+    mini_model: Segmenter, picture: Image.Image, sample: Sample
+) -> None:
+    """What is trained is what answers: the same masks, and no statistic of the batch is kept."""
+    before = {name: value.clone() for name, value in mini_model.state_dict().items()}
+    batch = mini_model.encoder.batch([picture], rows(sample))
+    asked = mini_model(batch).masks
+    torch.testing.assert_close(mini_model.train()(batch).masks, asked)
+    assert mini_model.neck.training
+    assert all(torch.equal(value, before[name]) for name, value in mini_model.state_dict().items())
+
+
 def test_padding_changes_nothing(mini_model: Segmenter, picture: Image.Image, sample: Sample) -> None:
     both = mini_model(mini_model.encoder.batch([picture], rows(sample)))
     alone = mini_model(mini_model.encoder.batch([picture], rows(sample)[1:]))
