@@ -14,13 +14,14 @@ import torch
 import yaml
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from popen.evaluation.prediction import read_predictions
 from popen.model.segmenter import Segmenter
+from popen.params import Params, load
 from popen.preference.records import read_text_pairs, write_text_pairs
 from popen.samples import Sample, write_index
-from popen.stages import align, evaluate, mask_preferences
+from popen.stages import align, evaluate, mask_preferences, sft
 from tests.preference.test_sampling import MASKS, TEXT, texts
 from tests.processes import together
 
@@ -69,6 +70,48 @@ def test_two_devices_are_asked_for_by_a_variable(taught: Segmenter, data: Data, 
     assert list((folder / ".checkpoints").iterdir()) == []
     (run,) = runs(folder)
     assert (run.info.status, run.data.metrics["pairs"]) == ("FINISHED", 4.0)
+
+
+def test_sft_of_a_small_model_is_two_processes_on_a_cpu(
+    mini_model: Segmenter, data: Data, tmp_path: Path
+) -> None:
+    folder = clone(tmp_path, mini_model, data)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["model"] = mini_model.params.model_dump(mode="json")
+    params["sft"]["train"] |= {"steps": 2, "images": 4}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    for role in ("train", "val"):
+        write_index(folder / f"artifacts/index/{role}.jsonl", data[1])
+    (folder / "artifacts/vision").mkdir()
+    save_file({"decoder.bias": torch.tensor(-2.0)}, folder / "artifacts/vision/model.safetensors")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "POPEN_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "popen.stages.sft"],
+        cwd=folder,
+        env=kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("processes: 2, threads in each: 1") == 1
+    assert Segmenter.load(folder / "artifacts/models/sft").params == mini_model.params
+
+
+def test_who_is_two_processes_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = load(ROOT / "params.yaml").model_dump()
+    params = Params.model_validate(raw)
+    raw["sft"]["train"]["images"] = 3
+    few = Params.model_validate(raw)
+    raw["sft"]["train"]["images"], raw["model"]["language"]["name"] = 4, "a/model"
+    named = Params.model_validate(raw)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert [sft.usual(one) for one in (params, few, named)] == [2, 1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert sft.usual(params) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sft.usual(params) == 1
 
 
 def test_two_devices_leave_what_one_leaves(
@@ -126,6 +169,7 @@ def test_two_devices_leave_what_one_leaves(
 
 def test_what_is_no_number_of_devices_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".dvc").mkdir()
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     done = subprocess.run(
         [sys.executable, "-m", "popen.stages.text_preferences"],
         cwd=tmp_path,
