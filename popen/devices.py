@@ -65,10 +65,9 @@ def relaunch(usual: Callable[[], int] = lambda: 1) -> None:
         raise DevicesError(f"{ASKED} is {asked!r}; give the number of devices, as {ASKED}=8")
     if int(asked) == 1:
         return
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", asked]
     os.environ["OMP_NUM_THREADS"] = str(max(1, _available() // int(asked)))
     # the same process goes on, so that who started it (DVC) still waits for it, and may stop it
-    os.execv(sys.executable, [*start, "-m", spec.name, *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, "-m", "popen.launch", asked, spec.name, *sys.argv[1:]])
 
 
 def device() -> torch.device:

@@ -26,13 +26,15 @@ def explain(error: BaseException) -> str | None:
     """The message for errors whose text is all a user needs, None for what only a stack trace explains.
 
     The exceptions that this package defines are written to be read (file, record, rule, remedy);
-    everything else but a full disk is a bug.
+    everything else but a full disk, and the end of another process of the stage, is a bug.
     """
     if type(error).__module__.partition(".")[0] == "popen":
         return error.strerror or str(error) if isinstance(error, OSError) else str(error)
     if is_full(error):
         where = error.filename if isinstance(error, OSError) and error.filename else "an output"
         return f"disk full while writing {where}: free space and run `dvc repro` again, it resumes"
+    if isinstance(error, RuntimeError) and "gloo/transport" in str(error):
+        return "another process of this stage has ended; run `dvc repro` again, it resumes"
     return None
 
 

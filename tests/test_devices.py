@@ -191,7 +191,7 @@ def test_what_two_processes_cannot_share_is_refused(
         toys.run(toys.toy(), tmp_path)
 
 
-def test_muons_matrices_are_dealt_out_and_its_state_is_whole() -> None:
+def test_muons_matrices_are_dealt_out_and_its_state_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process orthogonalises its own matrices alone; weights and momenta are those of one process."""
 
     def weights() -> list[nn.Parameter]:
@@ -201,7 +201,12 @@ def test_muons_matrices_are_dealt_out_and_its_state_is_whole() -> None:
 
     def work() -> tuple[int, list[Tensor], list[Tensor]]:
         made, plain, matrices = list[Tensor](), _muon._zeropower_via_newtonschulz, weights()
-        _muon._zeropower_via_newtonschulz = lambda update, *rest: made.append(update) or plain(update, *rest)
+
+        def counted(update: Tensor, *rest: Any) -> Tensor:
+            made.append(update)
+            return plain(update, *rest)
+
+        monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", counted)
         muon = torch.optim.Muon(matrices, lr=0.1)
         if devices.grouped():
             deal(muon)

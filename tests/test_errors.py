@@ -8,8 +8,10 @@ import os
 import pytest
 import torch
 
+from popen import devices
 from popen.errors import explain, is_full
 from popen.params import ParamsError
+from tests.processes import together
 
 
 def disk_full() -> OSError:
@@ -32,6 +34,18 @@ def test_a_full_disk_is_recognised_in_every_wording() -> None:
         assert is_full(caught.value)
     assert not is_full(RuntimeError("shape mismatch"))
     assert not is_full(PermissionError(errno.EACCES, "denied"))
+
+
+def test_the_end_of_another_process_is_no_bug() -> None:
+    def work() -> str | None:
+        if not devices.is_main():
+            return None
+        with pytest.raises(RuntimeError) as caught:
+            torch.distributed.barrier()
+        return explain(caught.value)
+
+    said, _ = together(work)
+    assert said == "another process of this stage has ended; run `dvc repro` again, it resumes"
 
 
 def test_own_errors_speak_for_themselves_and_bugs_need_their_trace() -> None:

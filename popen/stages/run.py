@@ -43,6 +43,8 @@ QUIET = {
     "MPLBACKEND": "Agg",
 }
 
+PATIENCE = 5.0  # seconds until a process that helps says itself what went wrong
+
 Handler = Callable[[int, FrameType | None], Any] | int | None  # of a signal
 
 
@@ -150,10 +152,12 @@ def stage(
         status = "FINISHED"
     except (Terminated, KeyboardInterrupt) as error:
         status = "KILLED"
-        print(f"{name}: stopped by a signal", file=sys.stderr, flush=True)
+        if devices.is_main():
+            print(f"{name}: stopped by a signal", file=sys.stderr, flush=True)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
     except Exception as error:
         text = explain(error)
+        _let_the_main_process_speak()
         if run is not None:
             run.set_tags({"error": (text or f"{type(error).__name__}: {error}").strip().splitlines()[-1]})
         if text is None or os.environ.get("POPEN_DEBUG"):
@@ -171,6 +175,14 @@ def stage(
             signal.signal(signal.SIGTERM, handler)
         gc.set_threshold(*collector)
         gc.freeze()  # nor need the interpreter search all modules for garbage before it exits
+
+
+def _let_the_main_process_speak() -> None:
+    """What all processes fail of is said once: those that help wait for the main one's end, and theirs."""
+    try:
+        time.sleep(0 if devices.is_main() else PATIENCE)
+    except Terminated:
+        raise SystemExit(143) from None
 
 
 def needs_hub(params: parameters.Params) -> bool:
