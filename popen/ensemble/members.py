@@ -142,13 +142,13 @@ def align(
     if together:
         every = batch.repeated(pixels)
         levels = model.tower(every.images)
-        found, _ = model.segmentation_embeddings(model.hidden(every, levels), every, levels)
+        found = model.embed(every, levels)
         features = [list(view) for view in zip(*(level.split(len(images)) for level in levels), strict=True)]
         embeddings = found.view(len(pixels), len(batch.row_of_target), *found.shape[1:]).transpose(0, 1)
     else:
         features = [model.tower(view) for view in pixels]
         embeddings = torch.stack(
-            [model.segmentation_embeddings(model.hidden(batch, seen), batch, seen)[0] for seen in features],
+            [model.embed(batch, seen) for seen in features],
             dim=1,
         )
     return Aligned(batch, embeddings, features, by_row[batch.row_of_target])

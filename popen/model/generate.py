@@ -63,7 +63,7 @@ def _generate(model: Segmenter, batch: Batch, max_new_tokens: int, members: Sequ
     tokenizer = model.tokenizer
     codebook = tokenizer.convert_tokens_to_ids(model.encoder.codebook)
     size = len(codebook)
-    texts, ids, means, counts, chosen, image_of = [], [], [], [], [], []
+    texts, ids, means, counts, chosen, row_of = [], [], [], [], [], []
     for row, tokens in enumerate(speech.tokens.tolist()):
         end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
         firsts = [i for i, token in enumerate(tokens[:end]) if token == codebook[0]]
@@ -74,12 +74,14 @@ def _generate(model: Segmenter, batch: Batch, max_new_tokens: int, members: Sequ
         ids.append(tokens[:end])
         texts.append(_text(tokenizer, tokens[:end], codebook))
         counts.append(len(firsts))
-        image_of += [int(batch.image_of_row[row])] * len(firsts)
+        row_of += [row] * len(firsts)
         chosen += [speech.hidden[row, first : first + size] for first in firsts]
-    images = torch.tensor(image_of, dtype=torch.long, device=model.device)
+    rows = torch.tensor(row_of, dtype=torch.long, device=model.device)
+    images = batch.image_of_row[rows]
     if chosen:
         shape = (len(chosen), model.codebook.scales, model.codebook.tokens, -1)
-        embeddings, _ = model.codebook(torch.stack(chosen).float().view(shape), features[0], images)
+        told = None if speech.told is None else speech.told[rows].float()
+        embeddings, _ = model.codebook(torch.stack(chosen).float().view(shape), features[0], images, told)
     else:
         embeddings = torch.zeros((0, model.codebook.scales, model.params.decoder.width), device=model.device)
     masks = model.decode(embeddings, features, batch.images, images)

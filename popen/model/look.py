@@ -1,5 +1,6 @@
 """The words of a question look at the image before they are read, and those of an answer before they are
-said (ours, for language models from scratch).
+said; and each place of the image is told which of a question's words fit it (ours, for language models from
+scratch).
 
 "Find the spoons and the cups" asks whether a word's thing is there, and how many of it. A small model
 learns that late and badly through its layers; one attention whose target is known learns it soon. So it is
@@ -32,12 +33,17 @@ class Look(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         nn.init.zeros_(self.out.weight)
 
-    def remember(self, image: Tensor, image_of_row: Tensor) -> tuple[Tensor, Tensor]:
-        """Image tokens (B, P, D) and the image of each row (R,) -> keys (R, P + 1, D), the sink's last, and
-        values (R, P, D)."""
+    def remember(
+        self, image: Tensor, image_of_row: Tensor, told: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Image tokens (B, P, D), the image of each row (R,) and what its cells are told (R, P, D) -> keys
+        (R, P + 1, D), the sink's last, and values (R, P, D)."""
         cells = self.norm_image(image)
         keys = torch.cat([self.key(cells), self.sink.expand(len(image), -1, -1)], dim=1)
-        return keys.index_select(0, image_of_row), self.value(cells).index_select(0, image_of_row)
+        keys = keys.index_select(0, image_of_row)
+        if told is not None:
+            keys = keys + F.pad(told, (0, 0, 0, 1))
+        return keys, self.value(cells).index_select(0, image_of_row)
 
     def attend(
         self, words: Tensor, keys: Tensor, values: Tensor, shade: Tensor | None = None
@@ -56,6 +62,37 @@ class Look(nn.Module):
     def forward(self, words: Tensor, image: Tensor, image_of_row: Tensor) -> tuple[Tensor, Tensor]:
         """`attend` of words (R, T, D) to their rows' image tokens, of (B, P, D)."""
         return self.attend(words, *self.remember(image, image_of_row))
+
+
+class Match(nn.Module):
+    """Each cell of an image is told which words of the question fit it.
+
+    "The red knife" is the cell that both words fit. For the answer to find it, a language model must have
+    carried "red" to where the answer begins, and must know there how red looks; it learns neither before the
+    other (docs/results.md). What meets the words itself says what they have in common.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm_words, self.norm_states, self.norm_image = (nn.LayerNorm(width) for _ in range(3))
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(
+        self, words: Tensor, states: Tensor, question: Tensor, image: Tensor, image_of_row: Tensor
+    ) -> Tensor:
+        """What cells are told (R, P, D): the sum of the words' values, each as far as it fits.
+
+        Args:
+            words: their embeddings (R, T, D).
+            states: what the language model made of them (R, T, D), which values are made of: "not red".
+            question: which of them ask (R, T).
+            image: its tokens (B, P, D).
+            image_of_row: (R,).
+        """
+        cells = self.key(self.norm_image(image)).index_select(0, image_of_row)
+        alike = cells @ self.query(self.norm_words(words)).transpose(1, 2) * cells.shape[-1] ** -0.5
+        # most words fit most cells little: a cell starts with a part of all
+        return ((alike - 1).sigmoid() * question[:, None]) @ self.value(self.norm_states(states))
 
 
 class Aim(Look):
@@ -78,10 +115,11 @@ class Aim(Look):
         return shares[..., :-1] / shares.amax(-1, keepdim=True)
 
     def pass_by(
-        self, words: Tensor, image: Tensor, image_of_row: Tensor, naming: Tensor
+        self, words: Tensor, image: Tensor, image_of_row: Tensor, naming: Tensor, told: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`forward` of all words of answers; `naming` (R, T) is where the next token is a target's first."""
-        keys, values = self.remember(image, image_of_row)
+        """`forward` of all words of answers; `naming` (R, T) is where the next token is a target's first,
+        `told` is as for `remember`."""
+        keys, values = self.remember(image, image_of_row, told)
         named = self.named(self.scores(words, keys)) * naming.unsqueeze(-1)
         return self.attend(words, keys, values, self.fade * (named.cumsum(1) - named))
 

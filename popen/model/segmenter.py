@@ -18,7 +18,7 @@ from popen.model.codebook import Codebook, token_names
 from popen.model.decoder import Neck, PixelDecoder
 from popen.model.dense import dense_head
 from popen.model.language import IMAGE, build_language, load_tokenizer
-from popen.model.look import Aim, Look
+from popen.model.look import Aim, Look, Match
 from popen.model.published import check_llava, read_config
 from popen.model.states import last_states
 from popen.model.tally import FACTS, Centres, census, facts
@@ -86,7 +86,9 @@ class Segmenter(nn.Module):
             image_id = tokenizer.convert_tokens_to_ids(IMAGE)
             check_llava(read_config(params.language.name), params.vision, self.tower.widths[0], image_id)
             self.projector.load_state_dict(projector)
-        self.codebook = Codebook(scales, params.decoder.tokens, hidden, width, self.tower.widths[0])
+        self.codebook = Codebook(
+            scales, params.decoder.tokens, hidden, width, self.tower.widths[0], told=params.tally
+        )
         self.neck = Neck(self.tower.widths, self.tower.grids, width)
         self.decoder = PixelDecoder(params.decoder, scales, params.vision.image_size)
         self.dense = dense_head(width, len(categories))
@@ -96,6 +98,7 @@ class Segmenter(nn.Module):
         self.tell = nn.Linear(FACTS, hidden) if params.tally else None
         self.look = Look(hidden) if params.tally else None
         self.aim = Aim(hidden) if params.tally else None
+        self.match = Match(hidden) if params.tally else None
         self.encoder = Encoder(
             tokenizer,
             names,
@@ -180,9 +183,8 @@ class Segmenter(nn.Module):
             looking = torch.where(question.unsqueeze(-1), looking, words)
         return looking.to(words.dtype), looked
 
-    def hidden(self, batch: Batch, features: list[Tensor]) -> Tensor:
-        """Last hidden states of the LM (R, T, D)."""
-        image = self.image_tokens(features)
+    def hidden(self, batch: Batch, image: Tensor) -> Tensor:
+        """Last hidden states of the LM (R, T, D), of `image_tokens` (B, P, D)."""
         behind, _ = self.read(batch.input_ids, image, batch.image_of_row, batch.asked)
         return self._hidden(batch, self.prefix(image), behind)
 
@@ -190,13 +192,32 @@ class Segmenter(nn.Module):
         whole = self.training and self.params.language.checkpointing
         return last_states(self.causal, batch, before, behind, whole)
 
-    def segmentation_embeddings(
-        self, hidden: Tensor, batch: Batch, features: list[Tensor]
+    def tell_cells(self, batch: Batch, behind: Tensor, image: Tensor) -> Tensor | None:
+        """What the questions' words tell the image's tokens (R, P, D), from the last hidden states behind the
+        image (R, T', D) and `image_tokens` (B, P, D); see `Match`."""
+        if self.match is None:
+            return None
+        n = len(self.encoder.prefix_ids)
+        words = self.language.get_input_embeddings()(batch.input_ids[:, n:])
+        places = torch.arange(n, batch.input_ids.shape[1], device=behind.device)
+        question = (places <= batch.asked[:, None]) & (batch.attention_mask[:, n:] > 0)
+        return self.match(words, behind, question, image.to(behind.dtype), batch.image_of_row)
+
+    def embed(self, batch: Batch, features: list[Tensor]) -> Tensor:
+        """Segmentation embeddings (N, S, C) of the batch's targets, in a pass over its words."""
+        image = self.image_tokens(features)
+        hidden = self.hidden(batch, image)
+        told = self.tell_cells(batch, hidden[:, len(self.encoder.prefix_ids) :], image)
+        return self._embeddings(hidden, batch, features, told)[0]
+
+    def _embeddings(
+        self, hidden: Tensor, batch: Batch, features: list[Tensor], told: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Hidden states (R, T, D) -> embeddings of the batch's targets (N, S, C), and where they looked."""
         chosen = hidden[batch.row_of_target[:, None], batch.positions]
         states = chosen.unflatten(1, (self.codebook.scales, self.codebook.tokens)).float()
-        return self.codebook(states, features[0], batch.image_of_target)
+        by_target = None if told is None else told.index_select(0, batch.row_of_target)
+        return self.codebook(states, features[0], batch.image_of_target, by_target)
 
     def decode(self, embeddings: Tensor, features: list[Tensor], images: Tensor, image_of: Tensor) -> Tensor:
         """Embeddings (N, S, C) and the images' features -> mask logits (N, H, W)."""
@@ -223,13 +244,15 @@ class Segmenter(nn.Module):
         behind, sought = self.read(batch.input_ids, image, batch.image_of_row, batch.asked)
         before = self.prefix(image)
         hidden = self._hidden(batch, before, behind)
-        embeddings, looked = self.segmentation_embeddings(hidden, batch, features)
+        told = self.tell_cells(batch, hidden[:, before.shape[1] :], image)
+        embeddings, looked = self._embeddings(hidden, batch, features, told)
         first = before.shape[1] - 1  # its state may already be what an answer begins with
         spoken, aimed = self.speak(
             hidden[:, first:],
             image,
             batch.image_of_row,
             F.pad(batch.labels[:, first + 1 :] == self.encoder.first_id, (0, 1)),
+            told,
         )
         return Output(
             logits=self.causal.get_output_embeddings()(spoken[:, :-1][batch.answered[:, first:]]),
@@ -247,13 +270,14 @@ class Segmenter(nn.Module):
         )
 
     def speak(
-        self, hidden: Tensor, image: Tensor, image_of_row: Tensor, naming: Tensor
+        self, hidden: Tensor, image: Tensor, image_of_row: Tensor, naming: Tensor, told: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Last hidden states (R, t, D), image tokens (B, P, D) and where a target's first token comes next
-        (R, t) -> what the head makes words of (R, t, D), and where they looked for it (R, t, P + 1)."""
+        """Last hidden states (R, t, D), image tokens (B, P, D), where a target's first token comes next
+        (R, t) and what `tell_cells` told -> what the head makes words of (R, t, D), and where they looked
+        for it (R, t, P + 1)."""
         if self.aim is None:
             return hidden, None
-        looking, looked = self.aim.pass_by(hidden, image.to(hidden.dtype), image_of_row, naming)
+        looking, looked = self.aim.pass_by(hidden, image.to(hidden.dtype), image_of_row, naming, told)
         return looking.to(hidden.dtype), looked
 
     def take_inventory(self, hidden: Tensor, batch: Batch) -> Tensor:

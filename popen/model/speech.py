@@ -36,6 +36,7 @@ class Speech:
     tokens: Tensor  # (R, t) with the end token, and padding behind it
     logps: Tensor  # (R, t) of each token under the model itself, whatever forced or heated the choice
     hidden: Tensor  # (R, t - 1, D) last hidden states, each of the step that read the token
+    told: Tensor | None  # (R, P, D), see `Segmenter.tell_cells`
 
 
 def choose(
@@ -80,8 +81,7 @@ def speak(
     mask = batch.attention_mask
     places = (mask.cumsum(1) - 1)[:, -words.shape[1] :].clamp(min=0)
     keys = values = image.index_select(0, batch.image_of_row)
-    if model.aim is not None:
-        keys, values = model.aim.remember(image, batch.image_of_row)
+    told: Tensor | None = None
     shade = image.new_zeros((rows, 1, image.shape[1]))  # of what each row has named
 
     tokens = torch.full((rows, limit), tokenizer.pad_token_id, device=device)
@@ -92,9 +92,14 @@ def speak(
     for step in range(limit):
         state = model.causal.base_model(
             inputs_embeds=words, attention_mask=mask, position_ids=places, cache=cache, use_cache=True
-        ).last_hidden_state[:, -1:]
+        ).last_hidden_state
         if step:
             hidden[live, step - 1] = state[:, 0].to(hidden.dtype)
+        else:
+            told = model.tell_cells(batch, state, image)
+            if model.aim is not None:
+                keys, values = model.aim.remember(image, batch.image_of_row, told)
+        state = state[:, -1:]
         said = (
             state if model.aim is None else model.aim.attend(state, keys, values, model.aim.fade * shade)[0]
         )
@@ -118,4 +123,4 @@ def speak(
             live, last, ended, words, places, mask, keys, values, shade = (
                 part[keep] for part in (live, last, ended, words, places, mask, keys, values, shade)
             )
-    return Speech(tokens[:, : step + 1], logps[:, : step + 1], hidden[:, :step])
+    return Speech(tokens[:, : step + 1], logps[:, : step + 1], hidden[:, :step], told)

@@ -56,6 +56,25 @@ def test_an_embedding_takes_what_is_where_it_looks_in_its_own_image(
                 torch.testing.assert_close(seen, cells[image, cell], rtol=1e-3, atol=1e-4)
 
 
+def test_an_embedding_looks_at_what_its_question_told_the_cells(features: Tensor) -> None:
+    """Tokens of the language model are squares of the tower's cells: here four squares of 2 x 2 cells."""
+    torch.manual_seed(0)
+    codebook = Codebook(scales=1, tokens=1, hidden=4, width=5, vision=6, told=True)
+    assert codebook.tell is not None
+    hidden, told = torch.randn(1, 1, 1, 4), torch.zeros(1, 4, 4)
+    larger = torch.nn.functional.interpolate(features[:1], size=(4, 4))
+    image = torch.zeros(1, dtype=torch.long)
+    _, before = codebook(hidden, larger, image, told)
+    torch.testing.assert_close(before, codebook(hidden, larger, image)[1])
+    told[0, 1] = torch.randn(4)  # the square at the top right
+    _, after = codebook(hidden, larger, image, told)
+    gained = (after - before)[0, 0].detach().view(4, 4)
+    query = codebook.query(codebook.project(hidden[0, 0]))[0]
+    torch.testing.assert_close(gained[:2, 2:], (query @ codebook.tell(told[0, 1]) / 5**0.5).expand(2, 2))
+    gained[:2, 2:] = 0.0
+    torch.testing.assert_close(gained, torch.zeros(4, 4))
+
+
 def test_no_target_at_all_gives_no_embedding(codebook: Codebook, features: Tensor) -> None:
     embeddings, looked = codebook(torch.zeros(0, 2, 3, 4), features, torch.zeros(0, dtype=torch.long))
     assert embeddings.shape == (0, 2, 5)

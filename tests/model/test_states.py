@@ -29,7 +29,7 @@ def test_a_shared_prefix_equals_whole_rows(
         attention_mask=batch.attention_mask,
         position_ids=(batch.attention_mask.cumsum(1) - 1).clamp(min=0),
     ).last_hidden_state
-    shared = mini_model.hidden(batch, features)
+    shared = mini_model.hidden(batch, mini_model.image_tokens(features))
     before = mini_model.prefix(image)
     for checkpointing in (False, True):
         states = last_states(mini_model.causal, batch, before, behind, checkpointing)
