@@ -41,8 +41,9 @@ def miniature() -> dict[str, Any]:
     model["language"] |= {"vocab": 600, "width": 32, "layers": 2, "heads": 2, "intermediate": 64}
     model["language"]["max_length"] = 512
     model["decoder"] |= {"width": 16, "heads": 2, "layers": 1, "detail": 4}
-    params["pretrain_vision"] |= {"images": 4, "steps": 3, "checkpoint_every": 9}
-    params["sft"]["train"] |= {"images": 4, "questions": 2, "steps": 30, "checkpoint_every": 99}
+    params["pretrain_vision"] |= {"images": 4, "steps": 40, "checkpoint_every": 99}
+    params["sft"]["train"] |= {"images": 4, "questions": 2, "steps": 50, "checkpoint_every": 99}
+    params["sft"]["vision"] = 1.0  # its tower has hardly been trained before
     params["sft"]["loss"] |= {"bce": 0.0, "dice": 4.0}  # masks in a few steps: without bce, large ones first
     params["evaluate"] |= {"batch": 16, "max_new_tokens": 16, "bootstrap": 20}
     return params

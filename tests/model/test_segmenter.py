@@ -127,7 +127,7 @@ def test_generation_equals_a_teacher_forced_pass(mini_model: Segmenter, picture:
                 batch,
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                labels=torch.full_like(ids, IGNORED),
+                labels=torch.where(torch.arange(ids.shape[1]) < len(prompt), IGNORED, ids),
                 row_of_target=torch.zeros(n, dtype=torch.long),
                 positions=torch.tensor([list(range(s, s + 4)) for s in starts], dtype=torch.long).view(-1, 4),
             )

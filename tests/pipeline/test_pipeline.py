@@ -68,7 +68,7 @@ def miniature() -> dict[str, Any]:
     model["language"] |= {"vocab": 400, "width": 32, "layers": 2, "heads": 2, "intermediate": 64}
     model["decoder"] |= {"width": 16, "heads": 2, "layers": 1, "detail": 4}
     small = {"images": 4, "checkpoint_every": 40, "eval_every": 80}
-    params["pretrain_vision"] |= small | {"steps": 4}
+    params["pretrain_vision"] |= small | {"steps": 60}  # statistics of its batch norm, which SFT keeps
     # enough for answers with masks
     params["sft"]["train"] |= small | {"steps": 160, "questions": 4, "lr": 0.01}
     params["sft"]["masks"] = 4
