@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import _muon
 
-from popen import devices
+from popen import devices, optim
 from popen.checkpoints import Checkpoints
 from popen.data.images import open_image
 from popen.devices import DevicesError
@@ -23,7 +22,6 @@ from popen.masks import decode
 from popen.model.batches import Batch, Row
 from popen.model.losses import sft_loss
 from popen.model.segmenter import Segmenter
-from popen.optim import deal
 from popen.params import AlignParams, TrainParams
 from popen.preference.alignment import align_loss, collate
 from popen.preference.records import MaskPairs, TextPair
@@ -198,16 +196,16 @@ def test_muons_matrices_are_dealt_out_and_its_state_is_whole(monkeypatch: pytest
         return [nn.Parameter(torch.randn(shape, generator=noise)) for shape in shapes]
 
     def work() -> tuple[int, list[Tensor], list[Tensor]]:
-        made, plain, matrices = list[Tensor](), _muon._zeropower_via_newtonschulz, weights()
+        made, plain, matrices = list[Tensor](), optim.orthogonal, weights()
 
-        def counted(update: Tensor, *rest: Any) -> Tensor:
-            made.append(update)
-            return plain(update, *rest)
+        def counted(updates: Tensor, *rest: Any) -> Tensor:
+            made.extend(updates)
+            return plain(updates, *rest)
 
-        monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", counted)
-        muon = torch.optim.Muon(matrices, lr=0.1)
+        monkeypatch.setattr(optim, "orthogonal", counted)
+        muon = optim.Muon(matrices, lr=0.1)
         if devices.grouped():
-            deal(muon)
+            optim.deal(muon)
         for step in range(3):
             for matrix in matrices:
                 matrix.grad = (matrix * (step + 1)).detach().sin()

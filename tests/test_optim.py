@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from popen.optim import optimizers
+from popen import devices
+from popen.optim import Muon, optimizers, orthogonal
 from popen.params import TrainParams
 
 
@@ -57,10 +59,62 @@ def test_the_slow_part_is_adamws_at_its_share_of_the_rate() -> None:
 def test_muon_takes_matrices_between_layers_alone_and_leaves_the_rest_to_adamw() -> None:
     model = Tied()
     adamw, muon = optimizers(model, params(muon=0.02))
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, Muon)
     assert [id(p) for group in muon.param_groups for p in group["params"]] == [id(model.layer.weight)]
     assert muon.param_groups[0]["lr"] == 0.02
     assert muon.param_groups[0]["weight_decay"] == 0.5
     left = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert id(model.layer.weight) not in left
     assert id(model.embed.weight) in left
+
+
+SHAPES = [(6, 9), (9, 6), (6, 9), (5, 5)]
+
+
+def moved(kind: type[torch.optim.Muon]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and momenta behind three steps."""
+    noise = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape, generator=noise)) for shape in SHAPES]
+    muon = kind(weights, lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        for weight in weights:
+            weight.grad = (weight * (step + 1)).detach().sin()
+        muon.step()
+    state = muon.state_dict()["state"]
+    return [weight.detach() for weight in weights], [state[n]["momentum_buffer"] for n in range(len(weights))]
+
+
+@pytest.mark.parametrize("halves", [True, False])
+def test_muon_makes_torchs_steps_in_either_precision(monkeypatch: pytest.MonkeyPatch, halves: bool) -> None:
+    monkeypatch.setattr(devices, "halves", lambda: halves)
+    # three steps of rate 0.1 move a weight by up to 0.2; bfloat16 has three digits
+    torch.testing.assert_close(moved(Muon), moved(torch.optim.Muon), rtol=0, atol=0.01)
+
+
+def test_muon_multiplies_no_bfloat16_where_that_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = set[torch.dtype]()
+    plain = torch.baddbmm
+
+    def watched(of: Tensor, *rest: Tensor, **weights: float) -> Tensor:
+        kinds.add(of.dtype)
+        return plain(of, *rest, **weights)
+
+    monkeypatch.setattr(torch, "baddbmm", watched)
+    for halves, kind in ((False, torch.float32), (True, torch.bfloat16)):
+        kinds.clear()
+        monkeypatch.setattr(devices, "halves", lambda halves=halves: halves)
+        moved(Muon)
+        assert kinds == {kind}
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 20), (2, 30, 12), (2, 12, 30)])
+def test_what_is_orthogonal_keeps_directions_and_has_values_near_one(shape: tuple[int, int, int]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    made = orthogonal(matrices, (3.4445, -4.7750, 2.0315), 5)
+    assert made.shape == shape
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    along = left.mT @ made @ right.mT  # in the matrices' own directions: a diagonal
+    values = along.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(along, torch.diag_embed(values), rtol=0, atol=1e-4)
+    assert values.min() > 0.5
+    assert values.max() < 1.3

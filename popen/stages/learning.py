@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from popen.parts import Parts
 from popen.preference.records import TextPair
 from popen.samples import Sample, read_index
 from popen.stages.run import Run
-from popen.training import Loss, train
+
+if TYPE_CHECKING:
+    from popen.training import Loss
 
 Pair = TypeVar("Pair", Sample, TextPair)
 T = TypeVar("T")
@@ -142,6 +144,8 @@ def fit(
     `inputs` are files or folders, `settings` the further parameter groups that the stage depends on. The
     checkpoints are removed only when `save` has written the result: a full disk then costs no training.
     """
+    from popen.training import train  # with what shards models: seconds that `evaluate` need not wait
+
     checkpoints = Checkpoints(_kept_in(run, [params, *settings], inputs))
     train(model, params, item, collate, loss, run.log_metrics, checkpoints, run.name, evaluate, slow)
     run.curves(Path("artifacts/curves") / f"{run.name.replace('@', '_')}.csv")
