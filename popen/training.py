@@ -124,7 +124,7 @@ def train(
     from transformers import get_cosine_schedule_with_warmup
 
     model.train()
-    _stop_unless_shareable(model, params, name)
+    _stop_unless_shareable(model, params)
     accelerator = Accelerator(
         gradient_accumulation_steps=params.accumulate,
         cpu=not torch.cuda.is_available(),
@@ -178,14 +178,14 @@ def train(
                 value, parts = prepared(batch)
                 parts = devices.means({"loss": value.detach(), **parts})
                 total = parts.pop("loss")
-                _stop_unless_finite(total, "loss", parts, name, step)
+                _stop_unless_finite(total, "loss", parts, step)
                 with _plain_attention() if halves else nullcontext():  # checkpointing runs forward again
                     accelerator.backward(value)
                 if accelerator.sync_gradients:
                     if sharding.wanted():
                         sharding.reduce_scalars(model)
                     parts["grad_norm"] = sharding.plain(accelerator.clip_grad_norm_(trainable, params.clip))
-                    _stop_unless_finite(parts["grad_norm"], "gradient's norm", parts, name, step)
+                    _stop_unless_finite(parts["grad_norm"], "gradient's norm", parts, step)
                 for optimizer in chosen:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -272,33 +272,31 @@ def _save(checkpoints: Any, step: int, write: Callable[[Path], None]) -> None:
         together(checkpoints.draft(step))
 
 
-def _stop_unless_shareable(model: nn.Module, params: TrainParams, name: str) -> None:
+def _stop_unless_shareable(model: nn.Module, params: TrainParams) -> None:
     count = devices.count()
     if count == 1:
         return
     if params.images % count:
         raise devices.DevicesError(
-            f"{name}: {params.images} images a step cannot be shared by {count} devices; make `images` a "
+            f"{params.images} images a step cannot be shared by {count} devices; make `images` a "
             "multiple of their number"
         )
     if params.muon and sharding.wanted():
         raise devices.DevicesError(
-            f"{name}: Muon needs whole matrices, and {sharding.ASKED}=1 spreads them over the devices; set "
+            f"Muon needs whole matrices, and {sharding.ASKED}=1 spreads them over the devices; set "
             "`muon` to 0 or leave them whole"
         )
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise devices.DevicesError(
-                f"{name}: batch norm would see another batch on each device; use one device"
-            )
+            raise devices.DevicesError("batch norm would see another batch on each device; use one device")
 
 
 def _stop_unless_finite(
-    value: Tensor | float, what: str, parts: dict[str, Tensor | float], name: str, step: int
+    value: Tensor | float, what: str, parts: dict[str, Tensor | float], step: int
 ) -> None:
     if not math.isfinite(value):
         figures = {key: round(float(part), 4) for key, part in parts.items()}
         raise DivergedError(
-            f"{name}: the {what} is {float(value)} at step {step}: {figures}; lower the learning rate or "
+            f"the {what} is {float(value)} at step {step}: {figures}; lower the learning rate or "
             "look at the data of this step"
         )
