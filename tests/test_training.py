@@ -261,7 +261,7 @@ def test_a_step_that_is_not_finite_is_not_made(tmp_path: Path, bad: str) -> None
         return value, parts
 
     model = toy(0.0)
-    message = rf"toy: the {bad} is (inf|nan) at step 12: \{{'part': .*lower the learning rate"
+    message = rf"^the {bad} is (inf|nan) at step 12: \{{'part': .*lower the learning rate"
     with pytest.raises(DivergedError, match=message):
         run(model, tmp_path, of=poisoned)
     assert len(kept) == 13
