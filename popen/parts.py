@@ -71,20 +71,23 @@ def in_batches(
         for number in _bar(numbers, name):
             yield from make(number)
         return
-    mine = [n for n in numbers[devices.rank() :: devices.count()] if not parts.file(n).exists()]
+    share = numbers[devices.rank() :: devices.count()]
+    mine = [n for n in share if not parts.file(n).exists()]
     helpers = max(1, min(parts.cores, len(mine)))
 
-    def work(share: Sequence[int]) -> None:
-        for number in share:
+    def work(wanted: Sequence[int]) -> None:
+        for number in wanted:
             parts.save(number, list(make(number)))
 
     with _helped(work, [mine[first::helpers] for first in range(1, helpers)]):
         work(_bar(mine[::helpers], name))
-    work([n for n in mine if not parts.file(n).exists()])  # where a helper failed: here it fails in its words
+    work(
+        [n for n in share if not parts.file(n).exists()]
+    )  # where a helper failed: here it fails in its words
     if not devices.is_main():
         return
     for number in numbers:
-        while not parts.file(number).exists():
+        while not parts.file(number).exists() and devices.count() > 1:
             time.sleep(0.1)  # torchrun ends this process when the one that makes it has failed
         yield from parts.read(parts.file(number))
 

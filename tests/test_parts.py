@@ -104,6 +104,20 @@ def test_a_killed_process_made_what_it_wrote(tmp_path: Path) -> None:
     assert sorted(made + others) == sorted(set(NUMBERS) - whole)
 
 
+def test_what_was_there_and_is_gone_is_made_again(tmp_path: Path) -> None:
+    """A process that is alone waits for nobody: it once hung when another removed what it had counted on."""
+    first = kept(tmp_path).file(NUMBERS[0])
+    kept(tmp_path).save(NUMBERS[0], list(tens(NUMBERS[0])))
+
+    def make(number: int) -> Iterator[int]:
+        if number == NUMBERS[-1]:
+            first.unlink()
+        return tens(number)
+
+    assert list(in_batches(NUMBERS, make, "test", kept(tmp_path))) == EXPECTED
+    assert first.exists()
+
+
 def test_two_processes_make_the_preference_data_and_answers_of_one(
     taught: Segmenter, data: Data, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from popen.alone import alone
 from popen.checkpoints import Checkpoints, digest, fingerprint
 from popen.data import refcoco
 from popen.data.images import open_image
@@ -168,4 +169,6 @@ def kept_parts(
 
 def _kept_in(run: Run, settings: Iterable[object], inputs: Iterable[Path]) -> Path:
     key = fingerprint(run.name, run.params.seed, *settings, [digest(path) for path in inputs])
+    if run.main:
+        alone(run.home, key, lambda: run.say("another process is at the same work; waiting for its end"))
     return run.home / ".checkpoints" / f"{run.name}-{key}"
