@@ -41,8 +41,9 @@ def optimizers(
     groups = [group for group in groups if group["params"]]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=params.lr, betas=(0.9, 0.95))]
     if matrices:
+        muon = torch.optim.Muon if devices.halves() else Muon32
         found.append(
-            Muon(
+            muon(
                 matrices,
                 lr=params.muon,
                 weight_decay=params.weight_decay,
@@ -52,15 +53,14 @@ def optimizers(
     return found
 
 
-class Muon(torch.optim.Muon):
-    """torch's Muon (Jordan et al. 2024), which multiplies in bfloat16, in the precision that the device
-    multiplies fast: a CPU that emulates bfloat16 takes 25 times as long. Matrices of one shape go together.
-    Learning rates are adjusted as by "match_rms_adamw".
+class Muon32(torch.optim.Muon):
+    """torch's Muon (Jordan et al. 2024) multiplies in bfloat16; this one in float32, for a CPU that emulates
+    bfloat16 and would take 25 times as long. Matrices of one shape go together, and learning rates are
+    adjusted as by "match_rms_adamw".
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        precision = torch.bfloat16 if devices.halves() else torch.float32
         for group in self.param_groups:
             alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for weight in group["params"]:
@@ -68,9 +68,9 @@ class Muon(torch.optim.Muon):
                     alike[weight.shape].append(weight)
             for shape, weights in alike.items():
                 moved = torch.stack([self._moved(weight, group["momentum"]) for weight in weights])
-                turns = orthogonal(moved.to(precision), group["ns_coefficients"], group["ns_steps"])
+                turns = orthogonal(moved, group["ns_coefficients"], group["ns_steps"])
                 rate = 0.2 * max(shape) ** 0.5 * group["lr"]
-                for weight, turn in zip(weights, turns.float(), strict=True):
+                for weight, turn in zip(weights, turns, strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(turn, alpha=-rate)
 
     def _moved(self, weight: Tensor, momentum: float) -> Tensor:
@@ -82,8 +82,8 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Matrices (n, rows, columns) -> about the nearest with singular values of 1, by Newton-Schulz iterations
-    in the matrices' precision. The coefficients' polynomial leaves the values between about 0.7 and 1.2."""
+    """Matrices (n, rows, columns) -> about the nearest of which all singular values are 1 (Newton-Schulz).
+    The coefficients' polynomial leaves the values between about 0.7 and 1.2."""
     a, b, c = coefficients
     tall = matrices.shape[1] > matrices.shape[2]
     wide = matrices.mT if tall else matrices
@@ -94,7 +94,7 @@ def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps
     return wide.mT if tall else wide
 
 
-def deal(muon: Muon) -> None:
+def deal(muon: torch.optim.Muon) -> None:
     """Deal the matrices out to the processes of the group: each makes the steps of its own, the costly part
     of Muon, and hands them to the others. The state that is saved is whole."""
     matrices = [w for group in muon.param_groups for w in group["params"]]

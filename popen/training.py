@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from popen import devices, sharding
-from popen.optim import Muon, Slow, deal, optimizers
+from popen.optim import Slow, deal, optimizers
 from popen.params import TrainParams
 
 Log = Callable[[dict[str, float], int], None]
@@ -143,7 +143,7 @@ def train(
     curve = Curve(log)
     accelerator.register_for_checkpointing(*schedules, curve)
     for optimizer in chosen:
-        if isinstance(optimizer, Muon) and devices.grouped():
+        if isinstance(optimizer, torch.optim.Muon) and devices.grouped():
             deal(optimizer)
     _keep_plain(accelerator, model, chosen)
     objective = _Objective(model, loss)

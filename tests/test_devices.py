@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import _muon
 
 from popen import devices, optim
 from popen.checkpoints import Checkpoints
@@ -187,7 +188,10 @@ def test_what_two_processes_cannot_share_is_refused(
         toys.run(toys.toy(), tmp_path)
 
 
-def test_muons_matrices_are_dealt_out_and_its_state_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [torch.optim.Muon, optim.Muon32])
+def test_muons_matrices_are_dealt_out_and_its_state_is_whole(
+    monkeypatch: pytest.MonkeyPatch, kind: type[torch.optim.Muon]
+) -> None:
     """Each process orthogonalises its own matrices alone; weights and momenta are those of one process."""
 
     def weights() -> list[nn.Parameter]:
@@ -196,14 +200,18 @@ def test_muons_matrices_are_dealt_out_and_its_state_is_whole(monkeypatch: pytest
         return [nn.Parameter(torch.randn(shape, generator=noise)) for shape in shapes]
 
     def work() -> tuple[int, list[Tensor], list[Tensor]]:
-        made, plain, matrices = list[Tensor](), optim.orthogonal, weights()
+        made, matrices = list[Tensor](), weights()
+        where, name = (
+            (optim, "orthogonal") if kind is optim.Muon32 else (_muon, "_zeropower_via_newtonschulz")
+        )
+        plain = getattr(where, name)
 
         def counted(updates: Tensor, *rest: Any) -> Tensor:
-            made.extend(updates)
+            made.extend(updates if updates.ndim == 3 else [updates])
             return plain(updates, *rest)
 
-        monkeypatch.setattr(optim, "orthogonal", counted)
-        muon = optim.Muon(matrices, lr=0.1)
+        monkeypatch.setattr(where, name, counted)
+        muon = kind(matrices, lr=0.1)
         if devices.grouped():
             optim.deal(muon)
         for step in range(3):
