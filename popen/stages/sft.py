@@ -48,6 +48,10 @@ def main() -> None:
         def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             return sft_loss(model(batch), batch, params.sft.loss)
 
+        # what has learned its trade already
+        knowing = nn.ModuleList(
+            [model.tower, model.decoder] if params.model.vision.untrained else [model.tower]
+        )
         plan = image_plan(train_samples, params.sft.train.questions, params.seed)
         fit(
             run,
@@ -60,7 +64,7 @@ def main() -> None:
             [VISION, INDEX / "train.jsonl", INDEX / "val.jsonl"],
             [params.model, params.sft],
             lambda: model.save(OUT),
-            (model.tower, params.sft.vision),
+            (knowing, params.sft.vision),
         )
 
 
