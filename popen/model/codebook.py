@@ -20,8 +20,7 @@ def spell(answer: str, names: list[str]) -> str:
 
 
 def cell_shares(masks: Tensor, grid: int) -> Tensor:
-    """Masks (N, H, W) -> each cell's share of theirs (N, grid * grid), which sum to 1, or to 0 where a mask is
-    empty."""
+    """Masks (N, H, W) -> what share of each lies on each cell (N, grid * grid); zeros for an empty mask."""
     shares = F.adaptive_avg_pool2d(masks, grid).flatten(1)
     return shares / shares.sum(1, keepdim=True).clamp(min=1e-6)
 

@@ -48,10 +48,8 @@ def main() -> None:
         def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             return sft_loss(model(batch), batch, params.sft.loss)
 
-        # what has learned its trade already
-        knowing = nn.ModuleList(
-            [model.tower, model.decoder] if params.model.vision.untrained else [model.tower]
-        )
+        # slowly learns what knows its trade: the decoder can draw before anything tells it what
+        knowing = nn.ModuleList([model.tower, model.decoder])
         plan = image_plan(train_samples, params.sft.train.questions, params.seed)
         fit(
             run,
@@ -64,7 +62,7 @@ def main() -> None:
             [VISION, INDEX / "train.jsonl", INDEX / "val.jsonl"],
             [params.model, params.sft],
             lambda: model.save(OUT),
-            (knowing, params.sft.vision),
+            (knowing, params.sft.vision) if params.sft.vision else None,
         )
 
 
