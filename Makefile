@@ -16,10 +16,11 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help repro test lint format clean ui up down lock samples
+.PHONY: help repro quick test lint format clean ui up down lock samples
 
 help:
 	@echo "make repro    train, align, benchmark and report (only what changed)"
+	@echo "make quick    the same with a third of the training and parts of the benchmarks, for a first look"
 	@echo "make test     the tests"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   put the code into ruff's format"
@@ -32,6 +33,10 @@ help:
 
 repro: $(READY)
 	dvc repro
+
+# Into params.yaml goes what conf/scale/quick.yaml says; git checkout params.yaml takes it back.
+quick: $(READY)
+	dvc exp run -S scale=quick
 
 # One thread a worker, and one worker more than cores, four at most: much of the time servers are waited for.
 test: $(READY)

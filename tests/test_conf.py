@@ -50,6 +50,23 @@ def test_the_compositions_of_full_scale_fit(tmp_path: Path) -> None:
     assert small.align.beta_t == kept.align.beta_t  # what no choice names is as in params.yaml
 
 
+def test_the_quick_run_is_every_stage_in_less_of_everything(tmp_path: Path) -> None:
+    quick, whole = compose(tmp_path / "quick.yaml", "scale=quick"), load(ROOT / "params.yaml")
+    assert quick.systems == whole.systems
+    assert quick.gate == whole.gate
+    assert quick.data.splits.keys() == {"train", "preference", "val", *quick.benchmarks}
+    assert {role.partition("/")[0] for parts in quick.data.splits.values() for role in parts} == {
+        role.partition("/")[0] for parts in whole.data.splits.values() for role in parts
+    }  # every layout and benchmark is read
+    for ours, theirs in (
+        (quick.pretrain_vision, whole.pretrain_vision),
+        (quick.sft.train, whole.sft.train),
+        (quick.align.train, whole.align.train),
+    ):
+        assert ours.steps < theirs.steps / 2
+        assert ours.model_copy(update={"steps": theirs.steps}) == theirs
+
+
 def _git(root: Path, *words: str) -> str:
     return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout
 

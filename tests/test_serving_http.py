@@ -83,7 +83,7 @@ def address(home: Path) -> Iterator[str]:
 def post(address: str, body: bytes, headers: dict[str, str] = JSON) -> tuple[int, Any]:
     request = urllib.request.Request(address, body, headers)
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)

@@ -257,7 +257,7 @@ def test_of_two_at_once_the_second_stops_and_a_killed_one_is_taken_up_again(
     hold.touch()
     environment = os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()}
     first = subprocess.Popen([sys.executable, "-m", "flows.retraining"], env=environment)
-    until(begun.exists, patience=180)
+    until(begun.exists)
     with pytest.raises(RetrainError, match="another `retrain` is at work in this clone"):
         retrain()
     stages = psutil.Process(first.pid).children(recursive=True)

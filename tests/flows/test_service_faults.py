@@ -54,7 +54,7 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 def renewed(lease: str) -> int:
     """What the server says when the holder of a slot says that it is still at work."""
     address = f"http://127.0.0.1:{os.environ['PREFECT_SERVER_API_PORT']}/api/v2/concurrency_limits/leases"
-    return httpx.post(f"{address}/{lease}/renew", json={"lease_duration": 300}).status_code
+    return httpx.post(f"{address}/{lease}/renew", json={"lease_duration": 300}, timeout=60).status_code
 
 
 def test_runs_go_on_when_the_server_is_killed_and_started_again(root: Path) -> None:

@@ -35,7 +35,7 @@ def test_all_of_it_answers_on_loopback_alone(root: Path) -> None:
     }
     assert {port for _, port in listening} >= ports
     assert {ip for ip, _ in listening} == {"127.0.0.1"}
-    assert httpx.get(f"http://127.0.0.1:{os.environ['MLFLOW_PORT']}/").is_success
+    assert httpx.get(f"http://127.0.0.1:{os.environ['MLFLOW_PORT']}/", timeout=60).is_success
 
 
 def test_a_second_up_changes_nothing(root: Path) -> None:
@@ -64,11 +64,11 @@ def test_a_schedule_fires_and_the_slot_is_held(root: Path) -> None:
 
     (root / "hold.here").touch()
     prefect(root, "deployment", "schedule", "create", "retrain/nightly", "--interval", "5")
-    until(lambda: in_state("Running") and in_state("Cancelled"), patience=120)
+    until(lambda: in_state("Running") and in_state("Cancelled"))
     (first,) = in_state("Running")
     prefect(root, "deployment", "schedule", "clear", "retrain/nightly", "--accept-yes")
     (root / "hold.here").unlink()
-    until(lambda: state(first) == "Completed", patience=120)
+    until(lambda: state(first) == "Completed")
 
 
 def test_a_deployment_runs_as_the_readme_says(root: Path) -> None:

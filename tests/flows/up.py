@@ -86,12 +86,12 @@ def processes(root: Path) -> dict[str, psutil.Process]:
 
 def api(path: str, **body: Any) -> Any:
     address = f"http://127.0.0.1:{os.environ['PREFECT_SERVER_API_PORT']}/api/{path}"
-    answer = httpx.post(address, json=body) if body else httpx.get(address)
+    answer = httpx.post(address, json=body, timeout=60) if body else httpx.get(address, timeout=60)
     return answer.raise_for_status().json()
 
 
 def prefect(root: Path, *words: str) -> str:
-    done = subprocess.run(["prefect", *words], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["prefect", *words], cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
