@@ -20,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 
 help:
 	@echo "make repro    train, align, benchmark and report (only what changed)"
-	@echo "make quick    the same with a third of the training and parts of the benchmarks, for a first look"
+	@echo "make quick    the same in little, a sixth of the training: a first look on a slow machine"
 	@echo "make test     the tests"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   put the code into ruff's format"

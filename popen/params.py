@@ -154,7 +154,7 @@ class SftParams(Group):
     train: TrainParams
     masks: Positive  # of an image's questions, for how many the masks are drawn (what costs most)
     loss: SftWeights
-    vision: Share  # learning rate of tower and decoder as a share of train.lr; 0: a frozen tower
+    vision: Share  # the tower's learning rate as a share of train.lr; 0 keeps it frozen
 
 
 class JudgeParams(Group):

@@ -19,31 +19,6 @@ def spell(answer: str, names: list[str]) -> str:
     return answer.replace(SEG, "".join(names))
 
 
-def cell_shares(masks: Tensor, grid: int) -> Tensor:
-    """Masks (N, H, W) -> what share of each lies on each cell (N, grid * grid); zeros for an empty mask."""
-    shares = F.adaptive_avg_pool2d(masks, grid).flatten(1)
-    return shares / shares.sum(1, keepdim=True).clamp(min=1e-6)
-
-
-class Pool(nn.Module):
-    """What the cells of an image give to the embedding of what lies on them."""
-
-    def __init__(self, width: int, vision: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(vision)
-        self.value = nn.Linear(vision, width)
-
-    def cells(self, features: Tensor) -> Tensor:
-        """Features (B, vision, h, w) -> cells (B, h w, vision)."""
-        cells: Tensor = self.norm(features.flatten(2).transpose(1, 2))
-        return cells
-
-    def forward(self, cells: Tensor, shares: Tensor, image_of: Tensor) -> Tensor:
-        """Cells (B, P, vision), how much each embedding takes of its image's (N, S, P), image_of (N,) in
-        0..B-1 -> (N, S, C)."""
-        return shares @ self.value(cells).index_select(0, image_of)
-
-
 class Codebook(nn.Module):
     """Hidden states of the codebook tokens and the image's deepest features -> segmentation embeddings.
 
@@ -61,8 +36,8 @@ class Codebook(nn.Module):
         self.scales, self.tokens = scales, tokens
         self.fuse = nn.Parameter(torch.zeros(scales, tokens))
         self.project = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.pool = Pool(width, vision)
-        self.query, self.key = nn.Linear(width, width), nn.Linear(vision, width)
+        self.norm = nn.LayerNorm(vision)
+        self.query, self.key, self.value = (nn.Linear(n, width) for n in (width, vision, vision))
         self.tell = nn.Linear(hidden, width, bias=False) if told else None
 
     def forward(
@@ -74,12 +49,12 @@ class Codebook(nn.Module):
         Returns the embeddings (N, S, C) and where they looked: logits over the image's cells (N, S, h w).
         """
         embeddings = self.project(torch.einsum("sk,nskd->nsd", self.fuse.softmax(dim=1), hidden))
-        cells = self.pool.cells(features.to(embeddings.dtype))
-        keys = self.key(cells).index_select(0, image_of)
+        cells = self.norm(features.flatten(2).transpose(1, 2).to(embeddings.dtype))
+        keys, values = (part(cells).index_select(0, image_of) for part in (self.key, self.value))
         if told is not None and self.tell is not None:
             keys = keys + _spread(self.tell(told), features.shape[-2:])
         looked = self.query(embeddings) @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5
-        return embeddings + self.pool(cells, looked.softmax(dim=-1), image_of), looked
+        return embeddings + looked.softmax(dim=-1) @ values, looked
 
 
 def _spread(tokens: Tensor, size: torch.Size) -> Tensor:

@@ -1,11 +1,13 @@
 """The dense auxiliary: which kind of thing every pixel shows. It teaches a small tower to see (ours).
 
-At the default scale it trains the tower first (`popen.model.sight`), then beside the SFT loss.
+At the default scale it trains the tower alone first (`pretrain_vision`), then beside the SFT loss. A tower
+that learns kinds alone forgets colours, so there it also paints the picture from its deepest features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +19,10 @@ from torch import Tensor, nn
 from popen.devices import share
 from popen.masks import Mask, decode
 from popen.model import IGNORED
+from popen.model.decoder import Neck
+from popen.model.tally import Centres
+from popen.model.vision import Tower
+from popen.params import ModelParams
 from popen.samples import Sample
 
 
@@ -70,6 +76,68 @@ def dense_loss(logits: Tensor, labels: Tensor) -> Tensor:
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     count = (labels != IGNORED).sum()
     return total / count.clamp(min=1) * share(count)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A batch for DenseTower: images (B, 3, H, W) in [0, 1], labels (B, H, W) and centres
+    (B, categories, h, w) as `centre_labels` makes them."""
+
+    images: Tensor
+    labels: Tensor
+    centres: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        images: Sequence[NDArray[np.uint8]],
+        labels: Sequence[NDArray[np.int64]],
+        centres: Sequence[NDArray[np.int64]],
+    ) -> Pixels:
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+        return cls(pixels, torch.from_numpy(np.stack(labels)), torch.from_numpy(np.stack(centres)))
+
+    def to(self, device: torch.device | str) -> Pixels:
+        return Pixels(self.images.to(device), self.labels.to(device), self.centres.to(device))
+
+
+def paint_loss(painted: Tensor, images: Tensor) -> Tensor:
+    """Share of the images' variance (each channel's over the batch) that is not painted (ours).
+
+    painted (B, 3, h, w), images (B, 3, H, W) in [0, 1], compared at (h, w). Zero for plain images.
+    """
+    small = F.interpolate(images, size=painted.shape[-2:], mode="area")
+    spread = (small - small.mean((0, 2, 3), keepdim=True)).square().mean()
+    return (painted.float() - small).square().mean() / spread.clamp(min=1e-6)
+
+
+class DenseTower(nn.Module):
+    """Tower, neck and dense head alone; their weights have the names that the Segmenter gives them.
+
+    `paint` is only needed here: a linear map of each of the deepest features to the colours of its cell,
+    at half the image's resolution.
+    """
+
+    def __init__(self, params: ModelParams, categories: Sequence[str]) -> None:
+        super().__init__()
+        self.tower = Tower(params.vision)
+        side = max(1, params.vision.image_size // self.tower.grids[0] // 2)
+        self.paint = nn.Sequential(nn.Conv2d(self.tower.widths[0], 3 * side**2, 1), nn.PixelShuffle(side))
+        self.neck = Neck(self.tower.widths, self.tower.grids, params.decoder.width)
+        self.dense = dense_head(params.decoder.width, len(categories))
+        self.centres = Centres(self.tower.widths, len(categories))
+        self.to(memory_format=torch.channels_last)  # as the Segmenter's
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, H, W) -> logits (B, 1 + categories, h, w), the painted images (B, 3, h', w') and the map of
+        centres (B, categories, h'', w'')."""
+        features = self.tower(images)
+        return self.dense(self.neck(features)[-1]), self.paint(features[0]), self.centres(features)
+
+    def shared(self) -> dict[str, Tensor]:
+        """The weights that a Segmenter has too."""
+        state = self.state_dict().items()
+        return {name: value.contiguous() for name, value in state if not name.startswith("paint.")}
 
 
 @torch.no_grad()

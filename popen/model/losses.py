@@ -12,7 +12,6 @@ from torch import Tensor
 from popen.devices import share
 from popen.model import IGNORED
 from popen.model.batches import Batch
-from popen.model.codebook import cell_shares
 from popen.model.dense import dense_loss
 from popen.model.look import aim_loss, look_loss
 from popen.model.segmenter import Output
@@ -112,7 +111,9 @@ def point_loss(looked: Tensor, batch: Batch) -> Tensor:
     part = share(len(looked))
     if not len(looked):
         return looked.sum()
-    shares = cell_shares(batch.masks * batch.valid, round(looked.shape[-1] ** 0.5))
+    grid = round(looked.shape[-1] ** 0.5)
+    shares = F.adaptive_avg_pool2d(batch.masks * batch.valid, grid).flatten(1)
+    shares = shares / shares.sum(1, keepdim=True).clamp(min=1e-6)
     return -(shares[:, None] * looked.float().log_softmax(-1)).sum(-1).mean() * part
 
 

@@ -1,4 +1,4 @@
-"""Stage `pretrain_vision`: an own tower learns to see, and the decoder to draw; a named tower needs none."""
+"""Stage `pretrain_vision`: an own tower learns to name and paint every pixel; a named one needs none."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from pathlib import Path
 from popen.stages.run import Run, stage
 
 OUT = Path("artifacts/vision")
-HELD_OUT = 128  # images that validation looks at
 
 
 def pretrain(run: Run) -> None:
-    import numpy as np
     import torch
     from safetensors.torch import save_file
     from torch import Tensor, nn
 
     from popen.data.images import open_image
-    from popen.model.dense import categories_of, dense_accuracy, dense_loss, image_array
-    from popen.model.losses import bce, dice
-    from popen.model.sight import Pixels, Seen, Sight, paint_loss
-    from popen.model.tally import centre_loss, count_accuracy
+    from popen.model.dense import (
+        DenseTower,
+        Pixels,
+        categories_of,
+        dense_accuracy,
+        dense_labels,
+        dense_loss,
+        image_array,
+        paint_loss,
+    )
+    from popen.model.tally import centre_labels, centre_loss, count_accuracy
     from popen.samples import Sample
     from popen.stages.learning import INDEX, fit, image_plan, samples
 
@@ -29,61 +34,53 @@ def pretrain(run: Run) -> None:
     categories = categories_of(train_samples)
     root, size = Path(params.data.root), params.model.vision.image_size
     torch.manual_seed(params.seed)
-    model = Sight(params.model, categories)
+    model = DenseTower(params.model, categories)
 
-    def drawing(sample: Sample, number: int) -> tuple[Sample, list[int]]:
-        order = np.random.default_rng([params.seed, 2, number]).permutation(len(sample.objects))
-        return sample, order[: params.pretrain_vision.questions].tolist()
-
-    def collate(items: Sequence[tuple[Sample, list[int]]]) -> Pixels:
-        opened = [open_image(root, sample.image, params.data.max_pixels) for sample, _ in items]
-        arrays, grid = [image_array(image, size) for image in opened], model.tower.grids[-1]
-        return Pixels.of(arrays, [one for one, _ in items], [some for _, some in items], categories, grid)
+    def collate(items: Sequence[list[Sample]]) -> Pixels:
+        opened = [open_image(root, item[0].image, params.data.max_pixels) for item in items]
+        labels = [dense_labels(item[0], categories, size) for item in items]
+        centres = [centre_labels(item[0], categories, model.tower.grids[-1]) for item in items]
+        return Pixels.of([image_array(image, size) for image in opened], labels, centres)
 
     def loss(model: nn.Module, batch: Pixels) -> tuple[Tensor, dict[str, Tensor]]:
-        seen: Seen = model(batch)
-        masks, whole = seen.masks.float(), torch.ones_like(batch.things)
+        logits, painted, centres = model(batch.images)
         parts = {
-            "dense": dense_loss(seen.dense, batch.labels),
-            "paint": paint_loss(seen.painted, batch.images),
-            "centres": centre_loss(seen.centres, batch.centres),
-            "bce": bce(masks, batch.things, whole).mean(),
-            "dice": dice(masks, batch.things, whole).mean(),
+            "dense": dense_loss(logits, batch.labels),
+            "paint": paint_loss(painted, batch.images),
+            "centres": centre_loss(centres, batch.centres),
         }
-        total = torch.stack([4 * value if name == "bce" else value for name, value in parts.items()]).sum()
+        total = torch.stack(list(parts.values())).sum()
         return total, {name: part.detach() for name, part in parts.items()}
 
-    plan, held_out = (
-        image_plan([one for one in some if one.objects], 1, params.seed)
-        for some in (train_samples, samples("val"))
-    )
-    known = [drawing(held_out.item(i)[0], i) for i in range(min(len(held_out.groups), HELD_OUT))]
-    batch = collate(known)
+    annotated = [sample for sample in train_samples if sample.objects]
+    held_out = image_plan([sample for sample in samples("val") if sample.objects], 1, params.seed)
+    batch = collate([held_out.item(i) for i in range(min(len(held_out.groups), 128))])
 
-    @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        here = batch.to(next(model.parameters()).device)
-        seen: Seen = model(here)
-        every, things = dense_accuracy(seen.dense, here.labels)
-        drawn, true = seen.masks > 0, here.things > 0
-        ious = (drawn & true).sum((1, 2)) / (drawn | true).sum((1, 2)).clamp(min=1)
+        seen = batch.to(next(model.parameters()).device)
+        with torch.no_grad():
+            logits, painted, centres = model(seen.images)
+            every, things = dense_accuracy(logits, seen.labels)
+            missed = float(paint_loss(painted, seen.images))
+            counted = count_accuracy(centres, seen.centres)
         return {
             "val/pixel_accuracy": every,
             "val/thing_accuracy": things,
-            "val/paint": float(paint_loss(seen.painted, here.images)),
-            "val/count_accuracy": count_accuracy(seen.centres, here.centres),
-            "val/mask_iou": float(ious.mean()),
+            "val/paint": missed,
+            "val/count_accuracy": counted,
         }
 
+    plan = image_plan(annotated, params.pretrain_vision.questions, params.seed)
+    inputs = [INDEX / "train.jsonl", INDEX / "val.jsonl"]
     fit(
         run,
         model,
         params.pretrain_vision,
-        lambda number: drawing(plan.item(number)[0], number),
+        plan.item,
         collate,
         loss,
         evaluate,
-        [INDEX / "train.jsonl", INDEX / "val.jsonl"],
+        inputs,
         [params.model],
         lambda: save_file(model.shared(), OUT / "model.safetensors"),
     )

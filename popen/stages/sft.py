@@ -48,8 +48,6 @@ def main() -> None:
         def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             return sft_loss(model(batch), batch, params.sft.loss)
 
-        # slowly learns what knows its trade: the decoder can draw before anything tells it what
-        knowing = nn.ModuleList([model.tower, model.decoder])
         plan = image_plan(train_samples, params.sft.train.questions, params.seed)
         fit(
             run,
@@ -62,7 +60,7 @@ def main() -> None:
             [VISION, INDEX / "train.jsonl", INDEX / "val.jsonl"],
             [params.model, params.sft],
             lambda: model.save(OUT),
-            (knowing, params.sft.vision) if params.sft.vision else None,
+            (model.tower, params.sft.vision),
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from popen.model.codebook import Codebook, cell_shares, spell, token_names
+from popen.model.codebook import Codebook, spell, token_names
 
 IMAGES = torch.arange(6) % 2
 
@@ -31,8 +31,8 @@ def features() -> Tensor:
 def test_tokens_of_a_scale_are_averaged_at_first_then_weighted(codebook: Codebook, features: Tensor) -> None:
     hidden = torch.randn(6, 2, 3, 4)
     with torch.no_grad():
-        codebook.pool.value.weight.zero_()  # sees nothing: only the fused tokens are left
-        codebook.pool.value.bias.zero_()
+        codebook.value.weight.zero_()  # sees nothing: only the fused tokens are left
+        codebook.value.bias.zero_()
         embeddings, looked = codebook(hidden, features, IMAGES)
         assert embeddings.shape == (6, 2, 5)
         assert looked.shape == (6, 2, 9)
@@ -49,7 +49,7 @@ def test_an_embedding_takes_what_is_where_it_looks_in_its_own_image(
     with torch.no_grad():
         codebook.query.weight.mul_(1e5)  # looks at one cell alone
         embeddings, looked = codebook(hidden, features, IMAGES)
-        cells = codebook.pool.value(codebook.pool.norm(features.flatten(2).transpose(1, 2)))
+        cells = codebook.value(codebook.norm(features.flatten(2).transpose(1, 2)))
         for target, image in enumerate(IMAGES.tolist()):
             for scale, cell in enumerate(looked[target].argmax(-1).tolist()):
                 seen = embeddings[target, scale] - codebook.project(hidden[target, scale].mean(0))
@@ -73,12 +73,6 @@ def test_an_embedding_looks_at_what_its_question_told_the_cells(features: Tensor
     torch.testing.assert_close(gained[:2, 2:], (query @ codebook.tell(told[0, 1]) / 5**0.5).expand(2, 2))
     gained[:2, 2:] = 0.0
     torch.testing.assert_close(gained, torch.zeros(4, 4))
-
-
-def test_cells_have_their_shares_of_a_mask() -> None:
-    masks = torch.zeros(2, 4, 4)
-    masks[0, :2, :2], masks[0, 0, 2] = 1.0, 1.0  # a whole cell of 2 x 2 pixels, and a quarter of the next
-    assert cell_shares(masks, 2).tolist() == [[pytest.approx(0.8), pytest.approx(0.2), 0, 0], [0, 0, 0, 0]]
 
 
 def test_no_target_at_all_gives_no_embedding(codebook: Codebook, features: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The dense auxiliary: labels, loss, accuracy."""
+"""The dense auxiliary: labels, loss, accuracy, and weights that fit the whole model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from PIL import Image
 
 from popen.model.dense import (
     IGNORED,
+    DenseTower,
+    Pixels,
     categories_of,
     dense_accuracy,
     dense_labels,
     dense_loss,
     image_array,
     mask_array,
+    paint_loss,
 )
+from popen.model.segmenter import Segmenter
+from popen.model.tally import centre_labels
 from popen.samples import Region, Sample
-from tests.conftest import CATEGORIES, square
+from tests.conftest import CATEGORIES, mini_params, square
 
 
 def test_labels_put_smaller_things_on_top(sample: Sample) -> None:
@@ -65,3 +70,49 @@ def test_loss_and_accuracy_by_hand() -> None:
     assert dense_accuracy(logits, labels) == (1.0, 1.0)
     assert dense_accuracy(logits, torch.tensor([[[0, 2]]])) == (0.5, 0.0)
     assert dense_accuracy(logits, unknown) == (0.0, 0.0)
+
+
+def test_paint_loss_by_hand() -> None:
+    images = torch.zeros(1, 3, 2, 4)
+    images[..., 2:] = 1.0  # half black, half white: variance 1/4 in every channel
+    small = torch.tensor([0.0, 1.0]).expand(1, 3, 1, 2)
+    assert float(paint_loss(small, images)) == 0.0
+    assert float(paint_loss(torch.full((1, 3, 1, 2), 0.5), images)) == pytest.approx(1.0)
+    assert float(paint_loss(1 - small, images)) == pytest.approx(4.0)
+    assert float(paint_loss(torch.full((1, 3, 1, 2), 0.5), torch.full_like(images, 0.5))) == 0.0
+
+
+def test_a_tower_that_paints_keeps_the_colours() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(16, 3, 1, 1).expand(-1, -1, 32, 32).contiguous()
+    labels = torch.zeros(16, 32, 32, dtype=torch.long)
+    left = {}
+    for weight in (0.0, 1.0):
+        tower = DenseTower(mini_params(), CATEGORIES)
+        optimizer = torch.optim.AdamW(tower.parameters(), 3e-3)
+        for _ in range(60):
+            logits, painted, _ = tower(images)
+            assert painted.shape == (16, 3, 16, 16)
+            (dense_loss(logits, labels) + weight * paint_loss(painted, images)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            left[weight] = float(paint_loss(tower(images)[1], images))
+    assert left[1.0] < 0.3 < left[0.0]
+
+
+def test_a_pretrained_tower_fits_the_segmenter(mini_model: Segmenter, sample: Sample) -> None:
+    """The stage `sft` loads it without strictness: every name and shape must be the segmenter's."""
+    tower = DenseTower(mini_params(), CATEGORIES)
+    state, whole = tower.shared(), mini_model.state_dict()
+    assert {name: value.shape for name, value in state.items()} == {name: whole[name].shape for name in state}
+    mini_model.load_state_dict(state, strict=False)
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    labels, centres = dense_labels(sample, CATEGORIES, 32), centre_labels(sample, CATEGORIES, 8)
+    pixels = Pixels.of([image], [labels], [centres])
+    torch.testing.assert_close(
+        tower.eval()(pixels.images)[0],
+        mini_model.dense(mini_model.neck(mini_model.tower(pixels.images))[-1]),
+    )
+    assert mini_model.centres is not None
+    torch.testing.assert_close(tower(pixels.images)[2], mini_model.centres(mini_model.tower(pixels.images)))
