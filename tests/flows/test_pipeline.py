@@ -301,7 +301,7 @@ def test_the_first_stages_of_this_project(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_flow_leaves_no_dvc_behind(make: Make, server: str, number: signal.Signals) -> None:
-    root = make({"a": stage("touch begun.here; exec sleep 60", "a.txt")})
+    root = make({"a": stage("touch begun.here; exec sleep 7776", "a.txt")})
     environment = os.environ | {"PREFECT_API_URL": server, "PYTHONPATH": str(Path(__file__).parents[2])}
     flow = subprocess.Popen([sys.executable, "-m", "flows.pipeline"], cwd=root, env=environment)
     deadline = time.monotonic() + 240
