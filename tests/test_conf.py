@@ -57,7 +57,7 @@ def test_the_quick_run_is_every_stage_in_less_of_everything(tmp_path: Path) -> N
     assert quick.data.splits.keys() == {"train", "preference", "val", *quick.benchmarks}
     assert {role.partition("/")[0] for parts in quick.data.splits.values() for role in parts} == {
         role.partition("/")[0] for parts in whole.data.splits.values() for role in parts
-    }  # every layout and benchmark is read
+    }  # every layout is read
     for ours, theirs in (
         (quick.pretrain_vision, whole.pretrain_vision),
         (quick.sft.train, whole.sft.train),
