@@ -22,7 +22,7 @@ def optimizers(
 
     Muon takes weights of linear layers, tied embeddings left out; `params.muon` is its learning rate in
     AdamW's scale (updates are matched in RMS). A language model from scratch learns more a step with it
-    (docs/results.md). AdamW takes all of the `slow` part, which knows its trade already.
+    (docs/experiments.md). AdamW takes all of the `slow` part, which knows its trade already.
     """
     part, share = slow or (nn.Module(), 1.0)
     late = {id(p) for p in part.parameters()}

@@ -1,7 +1,7 @@
 """The ensemble at work: M members answer, the best text is kept, the members' embeddings refine its masks.
 
 1. Member 0 answers greedily, the others sample, all from the clean image: noise in it costs more quality than
-   it adds variety (docs/results.md).
+   it adds variety (docs/experiments.md).
 2. Every answer is scored (`popen.ensemble.score`); the best one is the ensemble's text.
 3. That text is fed with every member's image (perturbed, but for member 0's), so that the M embeddings of a
    target are aligned.

@@ -25,7 +25,7 @@ class Codebook(nn.Module):
     The K tokens of a scale are fused by a learned convex combination (PixelLM's token fusion). What comes
     out then looks back at the image once (ours): which of two cups is meant is found by comparing words
     with places, and one attention over the image does that far sooner than a language model learns to
-    carry places through its hidden states. docs/results.md has the measurement.
+    carry places through its hidden states. docs/experiments.md has the measurement.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ scratch).
 "Find the spoons and the cups" asks whether a word's thing is there, and how many of it. A small model
 learns that late and badly through its layers; one attention whose target is known learns it soon. So it is
 with what to say next: "the left cup" follows from which thing is meant, and the data say which that is.
-docs/results.md has the measurements.
+docs/experiments.md has the measurements.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Match(nn.Module):
 
     "The red knife" is the cell that both words fit. For the answer to find it, a language model must have
     carried "red" to where the answer begins, and must know there how red looks; it learns neither before the
-    other (docs/results.md). What meets the words itself says what they have in common.
+    other (docs/experiments.md). What meets the words itself says what they have in common.
     """
 
     def __init__(self, width: int) -> None:

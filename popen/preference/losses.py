@@ -33,7 +33,7 @@ def weighted_logp(logps: Tensor, changed: Tensor, mask: Tensor, gamma: float) ->
     DPO of RLHF-V, Yu et al. 2024, eq. 4). There Z is each answer's own sum(w). Here it is the mean of the
     two answers' (ours): words that both begin with then cancel from the margin. Under its own Z the shorter
     answer's weigh more, so that a loser that only forgot a target teaches against those it had right. That
-    this follows is arithmetic; the trials in docs/results.md show no difference between the two.
+    this follows is arithmetic; the trials in docs/experiments.md show no difference between the two.
 
     Args:
         logps: (B, T) log-probability of each answer token; the winners, then as many losers in the same
