@@ -47,10 +47,17 @@ def test_make_targets_exist(name: str) -> None:
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
+def headings(text: str) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("name", TEXTS)
-def test_linked_pages_exist(name: str) -> None:
+def test_linked_pages_and_sections_exist(name: str) -> None:
     folder = ROOT if name == "README.md" else ROOT / "docs"
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXTS[name])
-    for link in links:
-        if not link.endswith(".png"):
-            assert (folder / link).is_file(), link
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXTS[name]):
+        page, _, section = link.partition("#")
+        if not page.endswith(".png"):
+            assert not page or (folder / page).is_file(), link
+            assert not section or section in headings(TEXTS[Path(page or name).name]), link
