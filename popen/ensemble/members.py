@@ -36,6 +36,11 @@ from popen.params import EnsembleParams
 from popen.preference.masks import noise_rectangles
 
 
+# Images of the members' that a GPU reads in one pass: what the language model keeps of them, twice for a moment,
+# is 16 GB for LLaVA-1.5-7B and 26 for 13B.
+IMAGES_AT_ONCE = 16
+
+
 @dataclass(frozen=True)
 class Members:
     """What M members say to R questions about as many images."""
@@ -113,7 +118,8 @@ class Aligned:
 
     batch: Batch  # rows of the kept answers; its masks are placeholders
     embeddings: Tensor  # (N, M, S, C)
-    features: list[list[Tensor]]  # M times the tower's levels
+    views: Tensor  # (M, R, 3, H, W), what each member sees
+    features: list[list[Tensor]]  # M times the tower's levels of it
     scores: Tensor  # (N, M), the score of the member's own answer
 
 
@@ -125,12 +131,12 @@ def align(
     texts: Sequence[str],
     pixels: Tensor,
     scores: np.ndarray[Any, np.dtype[np.float64]],
-    together: bool = False,
+    at_once: int = 1,
 ) -> Aligned:
     """Feed each question's text with every member's image: `pixels` (M, R, 3, H, W), `scores` (R, M).
 
-    `together` does so in one pass: the same up to rounding, for M times the memory. A GPU takes less time
-    for it, a CPU more.
+    `at_once` members' images are read in one pass: the same up to rounding, for so many times the memory. A
+    GPU takes less time for it, a CPU more.
     """
     size = model.encoder.size
     rows = [
@@ -139,19 +145,16 @@ def align(
     ]
     batch, pixels = model.encoder.batch(images, rows).to(model.device), pixels.to(model.device)
     by_row = torch.from_numpy(scores).float().to(model.device)
-    if together:
-        every = batch.repeated(pixels)
+    features, embeddings = list[list[Tensor]](), list[Tensor]()
+    for views in pixels.split(at_once):
+        every = batch.repeated(views)
         levels = model.tower(every.images)
         found = model.embed(every, levels)
-        features = [list(view) for view in zip(*(level.split(len(images)) for level in levels), strict=True)]
-        embeddings = found.view(len(pixels), len(batch.row_of_target), *found.shape[1:]).transpose(0, 1)
-    else:
-        features = [model.tower(view) for view in pixels]
-        embeddings = torch.stack(
-            [model.embed(batch, seen) for seen in features],
-            dim=1,
-        )
-    return Aligned(batch, embeddings, features, by_row[batch.row_of_target])
+        features += [list(view) for view in zip(*(level.split(len(images)) for level in levels), strict=True)]
+        embeddings.append(found.view(len(views), len(batch.row_of_target), *found.shape[1:]))
+    return Aligned(
+        batch, torch.cat(embeddings).transpose(0, 1), pixels, features, by_row[batch.row_of_target]
+    )
 
 
 def refine(model: Segmenter, attention: RefinementAttention, aligned: Aligned, mode: str) -> Tensor:
@@ -163,8 +166,8 @@ def refine(model: Segmenter, attention: RefinementAttention, aligned: Aligned, m
     batch, clean = aligned.batch, aligned.features[0]
     if mode == "probability":
         members = [
-            model.decode(aligned.embeddings[:, m], aligned.features[m], batch.images, batch.image_of_target)
-            for m in range(aligned.embeddings.shape[1])
+            model.decode(aligned.embeddings[:, m], levels, views, batch.image_of_target)
+            for m, (levels, views) in enumerate(zip(aligned.features, aligned.views, strict=True))
         ]
         return torch.stack(members).sigmoid().mean(0).clamp(1e-6, 1 - 1e-6).logit()
     if mode == "attention":
@@ -230,7 +233,7 @@ class Ensemble:
         kept = [said.answers[best][row] for row, best in enumerate(scores.argmax(1).tolist())]
         texts = [answer.text for answer in kept]
         pixels = copies(self.model.encoder.pixels(images), self.params, members, seed)
-        at_once = self.model.device.type != "cpu"
+        at_once = 1 if self.model.device.type == "cpu" else max(1, IMAGES_AT_ONCE // len(images))
         aligned = align(self.model, images, questions, texts, pixels, scores, at_once)
         return kept, aligned
 

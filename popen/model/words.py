@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from popen.data.names import normal
 from popen.samples import SEG
 
 # Each line: words for one kind of thing, in the words of COCO, street scenes and table tops. Categories
@@ -83,11 +84,6 @@ def plurals(noun: str) -> set[str]:
     else:
         forms = {head + "s"}
     return {" ".join([*front, form]) for form in forms}
-
-
-def normal(category: str) -> str:
-    """A category as words: lower case, single blanks ("Traffic_light" -> "traffic light")."""
-    return " ".join(re.split(r"[\s_]+", category.strip().lower()))
 
 
 def _squeezed(form: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from popen.data.nouns import singular
+from popen.data.names import normal
 from popen.samples import SEG, Region, Sample
 
 DRAWN = 0.5  # IoU from which on a phrase's mask is that of a target
@@ -106,7 +107,7 @@ def category(phrase: str, categories: Sequence[str]) -> str | None:
     head = next((i for i, word in enumerate(words) if i and word in _PREPOSITIONS), len(words))
     found = []
     for name in categories:
-        parts = _words(name)
+        parts = _words(normal(name))
         for start in range(len(words) - len(parts) + 1) if parts else ():
             end = start + len(parts)
             if words[start : end - 1] == parts[:-1] and singular(words[end - 1]) == singular(parts[-1]):

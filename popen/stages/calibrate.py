@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -151,6 +152,8 @@ def seen_by_members(
     said = ask(model, reference, images, questions, params.ensemble, members, tokens, threshold, seed)
     pixels = copies(model.encoder.pixels(images), params.ensemble, members, seed)
     aligned = align(model, images, questions, [s.answer for s in part], pixels, score(said.features))
+    # the other members' images and features are large, and only their embeddings are learned from
+    aligned = replace(aligned, views=aligned.views[:1], features=aligned.features[:1])
     rows = [sample_row(sample, index) for index, sample in enumerate(part)]
     return aligned, model.encoder.batch(images, rows).to(model.device)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from popen.evaluation.swap import class_mean_swap
+from popen.evaluation.swap import _ious, class_mean_swap
 from popen.masks import decode
 from popen.model.batches import Row
 from popen.model.segmenter import Segmenter
@@ -62,6 +62,11 @@ def test_the_own_embedding_is_compared_with_the_mean_of_its_kind(
     assert found["iou_class_mean"] == pytest.approx(np.mean(expected["iou_class_mean"]), abs=1e-4)
     assert found["drop"] == pytest.approx(found["iou"] - found["iou_class_mean"])
     assert found["iou"] != found["iou_class_mean"]
+
+
+def test_two_empty_masks_agree() -> None:
+    empty, full = torch.zeros(1, 4, 4, dtype=torch.bool), torch.ones(1, 4, 4)
+    assert _ious(torch.cat([empty, empty]), torch.cat([empty.float(), full])).tolist() == [1.0, 0.0]
 
 
 def test_nothing_is_measured_where_every_kind_is_there_once(mini_model: Segmenter, tmp_path: Path) -> None:

@@ -50,6 +50,12 @@ def test_a_category_is_never_read_as_the_synonym_of_an_unrelated_one() -> None:
     assert Vocabulary(["glass", "glasses"]).mentioned("the glasses {seg}") == {"glasses"}
 
 
+def test_what_lvis_says_in_parentheses_is_not_said_in_answers() -> None:
+    street = Vocabulary(["car_(automobile)", "bus_(vehicle)"])
+    assert street.mentioned("It is the car {seg} and the bus {seg}.") == {"car", "bus"}
+    assert street.category("car_(automobile)") == "car"
+
+
 def test_categories_of_one_line_are_one_thing() -> None:
     both = Vocabulary(["man", "person"])
     assert both.mentioned("the man {seg} and the people {seg}") == {both.category("man")}

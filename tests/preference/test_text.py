@@ -89,6 +89,10 @@ def test_parse_by_hand(answer: str, prefix: str, phrases: tuple[str, ...]) -> No
     assert parts.render() == answer
 
 
+def test_a_category_of_lvis_is_found_by_its_words() -> None:
+    assert category("the car on the road", ["car_(automobile)", "bus_(vehicle)"]) == "car_(automobile)"
+
+
 def test_known_names_help_where_grammar_would_cut() -> None:
     answer = "It is the cup that she holds {seg}."
     assert parse(answer).phrases == ("holds",)
