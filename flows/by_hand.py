@@ -5,19 +5,28 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
+
+from popen.errors import explain
+from popen.pipeline import find_root
 
 T = TypeVar("T")
 
 
-def by_hand(flow: Callable[[], T], *expected: type[Exception]) -> T:
-    """Run it; an error of the `expected` kinds ends the process with one line and code 1.
+def by_hand(flow: Callable[[], T]) -> T:
+    """Run it in the folder of the clone; an error that is written to be read ends the process with one line
+    and code 1 (`POPEN_DEBUG=1` shows the stack trace).
 
     Where no server is named, Prefect starts one for the run, and that server reports its end as an error, in
     pages of stack traces: it is told to be silent. What of its errors matters, the flow meets too.
     """
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
     try:
+        os.chdir(find_root(Path.cwd()))
         return flow()
-    except expected as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        text = explain(error)
+        if text is None or os.environ.get("POPEN_DEBUG"):
+            raise
+        sys.exit(f"error: {text}")

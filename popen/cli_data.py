@@ -17,7 +17,7 @@ def data() -> None:
 
 @app.command()
 def check(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="The tree's folder.", exists=True)],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="The tree's folder.", exists=True, file_okay=False)],
     splits: Annotated[
         list[str] | None,
         typer.Argument(
@@ -40,13 +40,16 @@ def check(
 
     from popen import params as parameters
     from popen.data.check import check, names, table
+    from popen.data.tree import specs
 
     settings = parameters.load(params)
     wanted = names(root, splits or [], own)
+    if not specs(root) and not as_json:
+        typer.echo(f"{root}: no split of any known layout in it; is it the right folder?\n")
     found = check(root, wanted, settings.data.max_pixels, settings.contract, own, decode)
     if as_json:
         typer.echo(json.dumps([one.to_dict() for one in found], indent=1, ensure_ascii=False))
     else:
-        typer.echo(table(found) if found else f"{root}: no split of any known layout")
+        typer.echo(table(found))
     if not found or not all(one.ok for one in found):
         raise typer.Exit(1)

@@ -24,11 +24,17 @@ def _client() -> MlflowClient:
 
 @app.callback(invoke_without_command=True)
 def models(context: typer.Context) -> None:
-    """List the registered models with their lineage and what the gate said."""
+    """Alone: list the registered models with their lineage and what the gate said."""
     if context.invoked_subcommand is None:
-        from popen.promotion.listing import table
+        list_versions()
 
-        typer.echo(table(_client()))
+
+@app.command("list")
+def list_versions() -> None:
+    """List the registered models with their lineage and what the gate said."""
+    from popen.promotion.listing import table
+
+    typer.echo(table(_client()))
 
 
 @app.command()

@@ -25,10 +25,10 @@ def is_full(error: BaseException) -> bool:
 def explain(error: BaseException) -> str | None:
     """The message for errors whose text is all a user needs, None for what only a stack trace explains.
 
-    The exceptions that this package defines are written to be read (file, record, rule, remedy);
+    The exceptions that `popen` and `flows` define are written to be read (file, record, rule, remedy);
     everything else but a full disk, and the end of another process of the stage, is a bug.
     """
-    if type(error).__module__.partition(".")[0] == "popen":
+    if type(error).__module__.partition(".")[0] in ("popen", "flows"):
         return error.strerror or str(error) if isinstance(error, OSError) else str(error)
     if is_full(error):
         where = error.filename if isinstance(error, OSError) and error.filename else "an output"

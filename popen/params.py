@@ -302,8 +302,13 @@ def compose(conf: Path, choices: list[str]) -> Params:
 
 
 def _checked(raw: object, where: str) -> Params:
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{where} holds no parameters; `git checkout params.yaml` brings the default back")
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        said = {"extra_forbidden": "there is no such parameter", "missing": "is missing"}
+        lines = [
+            f"  {'.'.join(map(str, e['loc']))}: {said.get(e['type'], e['msg'])}" for e in error.errors()
+        ]
         raise ParamsError(f"{where} does not fit:\n" + "\n".join(lines)) from None

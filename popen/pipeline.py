@@ -12,15 +12,20 @@ import psutil
 import yaml
 
 
+class CloneError(FileNotFoundError):
+    """There is no clone of the project where one was looked for."""
+
+
 def find_root(start: Path) -> Path:
     """The nearest folder at or above `start` that DVC has initialised.
 
-    In `dvc exp run --temp` this is the temporary workspace, where the stage's outputs belong.
+    In `dvc exp run --temp` this is the temporary workspace, where the stage's outputs belong. Raises
+    CloneError where there is none.
     """
     for folder in (start, *start.parents):
         if (folder / ".dvc").is_dir():
             return folder
-    raise FileNotFoundError(f"{start}: not inside a clone of the project (no .dvc folder above it)")
+    raise CloneError(f"{start}: not inside a clone of the project (no .dvc folder above it); cd into one")
 
 
 def find_home(root: Path) -> Path:

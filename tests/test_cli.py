@@ -63,6 +63,7 @@ def giant(path: Path) -> None:
         ("cup.png", " ", "model", "the question is empty; ask one"),
         ("cup.png", "Where?", "none", "none: no model there; run `make repro` first"),
         ("gone.png", "Where?", "model", "gone.png: no such file"),
+        ("model", "Where?", "model", "model: is a folder, not an image"),
         ("broken.png", "Where?", "model", "broken.png: not a readable image"),
         ("giant.png", "Where?", "model", "giant.png: "),
     ],
@@ -78,6 +79,15 @@ def test_what_cannot_be_answered_is_one_line(
     assert done.stderr.startswith(f"popen: error: {message}")
     assert done.stderr.count("\n") == 1
     assert not list(folder.glob("*_answer*"))
+
+
+@pytest.mark.parametrize("words", [("models",), ("models", "list"), ("plan",), ("corrections", "export")])
+def test_what_needs_a_clone_says_so_outside_of_one(tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = popen(*words, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"popen: error: {tmp_path}: not inside a clone of the project (no .dvc folder above it); cd into one\n"
+    )
 
 
 def test_a_folder_for_the_results_must_exist(folder: Path) -> None:

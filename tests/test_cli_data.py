@@ -46,5 +46,7 @@ def test_what_cannot_be_checked_is_one_line(root: Path, tmp_path: Path) -> None:
     assert done.stderr.startswith("popen: error: 'voc' is no split; known are muse/train")
     done = check(tmp_path / "tree/muse", "--own")
     assert done.returncode == 1
-    assert "no split of any known layout" in done.stdout
+    first = done.stdout.splitlines()[0]
+    assert first == f"{tmp_path / 'tree/muse'}: no split of any known layout in it; is it the right folder?"
+    assert check(root / "muse/muse_train.json").returncode == 2  # a file
     assert check(tmp_path / "nowhere").returncode == 2

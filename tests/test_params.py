@@ -68,14 +68,14 @@ def _sides_in_the_wrong_order(raw: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "key", "problem"),
     [
-        (_unknown, "align.gama", "Extra inputs are not permitted"),
-        (_unknown_at_the_top, "sftt", "Extra inputs are not permitted"),
-        (_missing, "sft.train.lr", "Field required"),
+        (_unknown, "align.gama", "there is no such parameter"),
+        (_unknown_at_the_top, "sftt", "there is no such parameter"),
+        (_missing, "sft.train.lr", "is missing"),
         (_wrong_type, "scenes.train", "valid integer"),
         (_out_of_range, "contract.tolerated", "less than or equal to 1"),
         (_sides_in_the_wrong_order, "mask_preferences.side", "0 < low <= high <= 1"),
         (_judge_without_a_model, "text_preferences", "needs judge.model"),
-        (_unknown_of_the_judge, "text_preferences.judge.api_key", "Extra inputs are not permitted"),
+        (_unknown_of_the_judge, "text_preferences.judge.api_key", "there is no such parameter"),
         (_corrections_elsewhere, "text_preferences.people.file", "should match pattern"),
         (_not_a_choice, "ensemble.mode", "'attention', 'mean'"),
     ],
@@ -119,5 +119,5 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match="is not valid YAML"):
         load(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("")
-    with pytest.raises(ParamsError, match="does not fit"):
+    with pytest.raises(ParamsError, match="holds no parameters"):
         load(tmp_path / "params.yaml")

@@ -173,8 +173,8 @@ def test_no_model_at_all(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no model here \(config\.json is missing\)"):
         Predictor(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"config\.json cannot be used"):
+    with pytest.raises(ModelError, match=r"config\.json is not of a model of popen's, or damaged"):
         Predictor(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"config\.json cannot be used"):
+    with pytest.raises(ModelError, match=r"config\.json is not of a model of popen's, or damaged"):
         Predictor(tmp_path)

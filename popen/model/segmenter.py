@@ -309,14 +309,17 @@ class Segmenter(nn.Module):
         """Read what `save` wrote. Raises ModelError for a missing, broken or unfitting file."""
         if not (folder / "config.json").is_file():
             raise ModelError(
-                f"{folder}: no model here (config.json is missing); run `make repro` or pass --model"
+                f"{folder}: no model here (config.json is missing); run `make repro`, or name the folder of a trained model"
             )
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             params, categories = ModelParams.model_validate(config["model"]), config["categories"]
-        except (ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError(f"{folder / 'config.json'} cannot be used ({reason}); train it again") from error
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            raise ModelError(
+                f"{folder / 'config.json'} is not of a model of popen's, or damaged ({reason}); name another "
+                "folder or train it again"
+            ) from error
         if params.language.name == "..":  # of an exported model, which may have been moved
             language = params.language.model_copy(update={"name": str(folder.resolve().parent)})
             params = params.model_copy(update={"language": language})

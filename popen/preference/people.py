@@ -70,7 +70,9 @@ class Corrections:
                 except ValidationError as error:
                     first = error.errors()[0]
                     where = ".".join(map(str, first["loc"]))
-                    faults.append(f"{path}, line {number}: {where + ': ' if where else ''}{first['msg']}")
+                    # the parser counts lines of its own, in the one that it was given
+                    said = first["msg"].partition(" at line ")[0] if text.strip() else "is empty; remove it"
+                    faults.append(f"{path}, line {number}: {where + ': ' if where else ''}{said}")
                 except UnfitError as error:
                     faults.append(f"{path}, line {number}: {error}")
         if faults:

@@ -82,7 +82,7 @@ def test_a_wrong_answer_goes_before_a_right_one_and_one_is_enough(data: Data, tm
         (line(corrected=""), "the corrected answer is empty"),
         (line(corected="x"), "corected: Extra inputs are not permitted"),
         (line(2), "the answer is in line 1, too"),
-        ("\n", "Invalid JSON"),
+        ("\n", "is empty; remove it"),
         ('{"uid": 3', "Invalid JSON"),
     ],
 )
@@ -94,6 +94,7 @@ def test_a_line_that_does_not_fit_is_refused_by_number(
         read(path, data, line(2), bad, line(3))
     assert str(caught.value).startswith(f"{path}, line 2: {reason}")
     assert "\n" not in str(caught.value)
+    assert "at line" not in str(caught.value)  # a second number, of nothing that the reader sees
 
 
 def test_all_that_is_wrong_is_said_at_once_but_not_without_end(data: Data, tmp_path: Path) -> None:
