@@ -12,6 +12,8 @@ import pytest
 import yaml
 from dvc.utils.hydra import compose_and_dump
 
+from popen.data.published import SIZES
+from popen.data.tree import parse
 from popen.params import Params, load
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +50,17 @@ def test_the_compositions_of_full_scale_fit(tmp_path: Path) -> None:
     assert small.model_dump(exclude={"model", "sft"}) == large.model_dump(exclude={"model", "sft"})
     kept = load(ROOT / "params.yaml")
     assert small.align.beta_t == kept.align.beta_t  # what no choice names is as in params.yaml
+
+
+@pytest.mark.parametrize("name", ["muse", "refcoco", "refcoco+", "refcocog"])
+def test_published_data_are_read_where_they_do_not_share_photographs(tmp_path: Path, name: str) -> None:
+    params = compose(tmp_path / "params.yaml", "model=llava-7b", f"data={name}")
+    assert params.data.splits.keys() == {"train", "preference", "val", *params.benchmarks}
+    assert params.gate.benchmark in params.benchmarks
+    assert 0 < params.contract.tolerated < 0.05
+    read = {parse(spec).base for specs in params.data.splits.values() for spec in specs}
+    own = {split for split in SIZES if split.startswith(f"{name}/")}
+    assert read == own if name != "muse" else own < read  # all that is published of it
 
 
 def test_the_quick_run_is_every_stage_in_less_of_everything(tmp_path: Path) -> None:
