@@ -83,7 +83,10 @@ def plan(
         ),
     ] = None,
 ) -> None:
-    """Say how many parameters a configuration has and which train, and what memory a step of SFT takes."""
+    """Say how many parameters a configuration has and which train, and what memory a step of SFT takes.
+
+    Takes half a minute for a large one, and downloads nothing.
+    """
     from popen import params as parameters
     from popen.pipeline import find_root
     from popen.stages.run import quiet
