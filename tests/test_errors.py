@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from flows.stage_process import StageError
+from flows.stage_process import StageStopped
 from popen import devices
 from popen.errors import explain, is_full
 from popen.params import ParamsError
@@ -51,7 +51,7 @@ def test_the_end_of_another_process_is_no_bug() -> None:
 
 def test_own_errors_speak_for_themselves_and_bugs_need_their_trace() -> None:
     assert explain(ParamsError("sft.lr: must be positive")) == "sft.lr: must be positive"
-    assert explain(StageError("dvc push failed")) == "dvc push failed"  # of the flows, too
+    assert explain(StageStopped("a was stopped")) == "a was stopped"  # of the flows, too
     assert explain(KeyError("lr")) is None
     assert explain(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
 

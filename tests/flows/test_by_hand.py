@@ -8,7 +8,7 @@ import pytest
 
 from flows.by_hand import by_hand
 from flows.pipeline import main
-from flows.stage_process import StageError
+from flows.stage_process import StageStopped
 from popen.promotion.gate import GateError
 from tests.flows.conftest import Make, stage
 
@@ -21,7 +21,7 @@ def test_a_server_that_prefect_starts_for_the_run_is_silent(monkeypatch: pytest.
     assert by_hand(lambda: subprocess.check_output([sys.executable, "-c", LEVEL])) == b"50\n"
 
 
-@pytest.mark.parametrize("error", [GateError("gate.benchmark: muse_val is not evaluated"), StageError("no")])
+@pytest.mark.parametrize("error", [GateError("gate.benchmark: muse_val is not evaluated"), StageStopped("no")])
 def test_what_is_written_to_be_read_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise error
