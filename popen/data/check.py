@@ -85,7 +85,7 @@ def check(
         max_pixels: larger images are broken.
         contract: of its numbers `min_area` counts; nothing is tolerated here.
         own: the tree is no copy of the published data: its sizes are compared with nothing.
-        decode: decode every image; else its header is read, which tells its size and no more.
+        decode: decode every image; else its header is read, which tells its size and its bits a channel.
     """
     return [_split(root, split, max_pixels, contract, own, decode) for split in splits]
 
@@ -113,7 +113,7 @@ def _split(
     found.images, found.questions = len(first), len(samples)
     found.missing_images = [item for item in items if isinstance(item, Absent)]
     found.missing_images += [
-        _absent(first[path], f"{path}: no such file") for path in sorted(first.keys() - facts.keys())
+        Absent.of(first[path], f"{path}: no such file") for path in sorted(first.keys() - facts.keys())
     ]
     if not items:
         found.broken = [Broken(files[0], "", f"{files[0]} holds no record of {split}")]
@@ -123,11 +123,6 @@ def _split(
     rules = run(tables, contract) if usable else []
     found.broken = list(dict.fromkeys([*unread, *(item for rule in rules for item in tables.broken(rule))]))
     return found
-
-
-def _absent(sample: Sample, rule: str) -> Absent:
-    file, _, record = sample.source.rpartition("#")
-    return Absent(file, record, rule)
 
 
 def _facts(

@@ -4,6 +4,9 @@ Two sorts of rules (ours). A rule about one *record* that fails puts the record 
 it stops the pipeline when more than the tolerated share of records is there. A rule about a *set*
 (an image in two roles, a role without samples, one kind of question everywhere) cannot be mended by
 leaving a record out and always stops it.
+
+A record is what the annotation file has as one: it may hold several questions (MUSE, RefCOCO), and counts
+once, however many of them are broken. Of an unreadable one nobody can tell how many questions it had.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from popen.data import tree
 from popen.data.contract_suite import Expectation, run
 from popen.data.contract_tables import ImageFact, Leak, Tables
 from popen.data.images import ImageError, digest, locate, open_image
-from popen.data.records import Broken
+from popen.data.records import Broken, whole
 from popen.params import ContractParams
 from popen.samples import Sample
 
@@ -44,9 +47,13 @@ class Report:
     tolerated: float
 
     @property
+    def broken_records(self) -> int:
+        """Records that break one rule or more, themselves or in one of their questions."""
+        return len({whole(item.source) for item in self.broken})
+
+    @property
     def broken_share(self) -> float:
-        """Share of the records that break one rule or more."""
-        return len({(item.file, item.record) for item in self.broken}) / max(1, self.records)
+        return self.broken_records / max(1, self.records)
 
     @property
     def accepted(self) -> bool:
@@ -74,10 +81,10 @@ class ContractError(ValueError):
         self.report = report
         lines = list(report.failures)
         if report.broken_share > report.tolerated:
-            count = len({(item.file, item.record) for item in report.broken})
             lines.append(
-                f"{count} of {report.records} records are broken ({report.broken_share:.2%}), tolerated are "
-                f"{report.tolerated:.2%}. Correct them, or raise contract.tolerated to leave them out:"
+                f"{report.broken_records} of {report.records} records are broken ({report.broken_share:.2%}),"
+                f" tolerated are {report.tolerated:.2%}. Correct them, or raise contract.tolerated to leave"
+                " them out:"
             )
             lines += [f"  {item}" for item in report.broken[:SHOWN]]
             if len(report.broken) > SHOWN:
@@ -99,17 +106,19 @@ def validate(
     tables = Tables(roles, images, leaks(roles, images, splits), unread)
     expectations = run(tables, contract)
     broken = list(dict.fromkeys([*unread, *(item for e in expectations for item in tables.broken(e))]))
-    bad = {f"{item.file}#{item.record}" for item in broken}
+    bad = {item.source for item in broken}
+    accepted = {
+        role: [replace(s, digest=images[s.image].digest) for s in samples if s.source not in bad]
+        for role, samples in roles.items()
+    }
+    failures = [text for expectation in expectations for text in tables.failures(expectation)]
     report = Report(
         splits={role: list(specs) for role, specs in splits.items()},
-        samples={
-            role: [replace(s, digest=images[s.image].digest) for s in samples if s.source not in bad]
-            for role, samples in roles.items()
-        },
+        samples=accepted,
         broken=broken,
         expectations=expectations,
-        failures=[text for expectation in expectations for text in tables.failures(expectation)],
-        records=len({s.source for samples in roles.values() for s in samples}) + len(unread),
+        failures=failures + _lacks(roles, accepted),
+        records=len(tables.frames["records"]),
         tolerated=contract.tolerated,
     )
     if not report.accepted:
@@ -129,6 +138,21 @@ def _read(root: Path, splits: Mapping[str, Sequence[str]]) -> tuple[dict[str, li
                 else:
                     roles[role].append(item)
     return roles, list(broken)
+
+
+def _lacks(roles: Mapping[str, Sequence[Sample]], accepted: Mapping[str, Sequence[Sample]]) -> list[str]:
+    """What a stage would miss in the accepted samples, `calibrate` after all the training."""
+    found = [
+        f"{role}: all of its samples are in the quarantine; correct them, or take other splits in data.splits"
+        for role, samples in accepted.items()
+        if roles[role] and not samples
+    ]
+    if accepted.get("val") and not any(sample.objects for sample in accepted["val"]):
+        found.append(
+            "val: none of its samples has annotated things; calibration needs a split of MUSE, RefCOCO or "
+            "GranD_f in data.splits"
+        )
+    return found
 
 
 def inspect_images(root: Path, paths: Sequence[str], max_pixels: int) -> dict[str, ImageFact]:

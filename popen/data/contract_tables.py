@@ -10,7 +10,7 @@ import pandas as pd
 
 from popen import masks
 from popen.data.contract_suite import Expectation
-from popen.data.records import Broken
+from popen.data.records import Broken, whole
 from popen.samples import SEG, Sample
 
 NAMES_KINDS = ("muse", "refcoco", "refcoco+", "refcocog")  # layouts whose annotations have a category
@@ -38,7 +38,7 @@ class Leak:
 class Tables:
     """One table a level: records, images, photographs, samples, targets, roles; rows count from 0.
 
-    records: rule (null: the record could be read)
+    records: rule (null: the record could be read); a record may hold several questions
     images:  image, error (null: usable)
     photographs: leak (null: in no two roles that must not share it); copies of an image are one
     samples: role, uid, question, answer, marks, targets, height, width, image_height, image_width
@@ -76,13 +76,13 @@ class Tables:
         for row in expectation.rows:
             if expectation.table == "images":
                 rule = str(frame["error"][row])
-                out += [_quarantine(sample, rule) for sample in self._users[frame["image"][row]]]
+                out += [Broken.of(sample, rule) for sample in self._users[frame["image"][row]]]
             elif expectation.table == "samples":
-                out.append(_quarantine(self._samples[row][1], expectation.name))
+                out.append(Broken.of(self._samples[row][1], expectation.name))
             elif expectation.table == "targets":
                 sample, target = self._targets[row]
                 what = f"{target.name or 'its target'}, {masks.area(target.rle)} pixels"
-                out.append(_quarantine(sample, f"{expectation.name} ({what})"))
+                out.append(Broken.of(sample, f"{expectation.name} ({what})"))
         return out
 
     def failures(self, expectation: Expectation) -> list[str]:
@@ -102,8 +102,9 @@ class Tables:
         ]
 
     def _records(self, unread: Sequence[Broken]) -> pd.DataFrame:
-        sources = {sample.source for _, sample in self._samples}
-        return _frame({"rule": [item.rule for item in unread] + [None] * len(sources)})
+        rules: dict[str, str | None] = {whole(sample.source): None for _, sample in self._samples}
+        rules |= {whole(item.source): item.rule for item in unread}
+        return _frame({"rule": list(rules.values())})
 
     def _images(self, images: Mapping[str, ImageFact]) -> pd.DataFrame:
         return _frame({"image": list(images), "error": [fact.error for fact in images.values()]})
@@ -160,8 +161,3 @@ def _frame(columns: Mapping[str, Sequence[object]]) -> pd.DataFrame:
 
 def _words(leak: Leak) -> str:
     return f"{leak.image} in {leak.role} and {leak.other}"
-
-
-def _quarantine(sample: Sample, rule: str) -> Broken:
-    file, _, record = sample.source.rpartition("#")
-    return Broken(file, record, rule)

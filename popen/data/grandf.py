@@ -47,6 +47,7 @@ def read(root: Path, split: str) -> Iterator[Sample | Broken]:
 def _read_train(root: Path) -> Iterator[Sample | Broken]:
     file = path("train")
     for index, record in enumerate(load_json(root, file, list)):
+        image = ""
         try:
             image = image_path("GranDf/GranDf_HA_images/train", take(record, "file_name", str))
             height, width = image_size(root, image)
@@ -57,7 +58,7 @@ def _read_train(root: Path) -> Iterator[Sample | Broken]:
                 phrases.append((span, phrase, _union(take(grounding, "rle_masks", list), height, width)))
             yield _sample("train", str(index), f"{file}#{index}", image, (height, width), caption, phrases)
         except (RecordError, ImageError) as error:
-            yield unusable(file, str(index), error)
+            yield unusable(file, str(index), error, image)
 
 
 def _read_eval(root: Path, split: str) -> Iterator[Sample | Broken]:
@@ -74,6 +75,7 @@ def _read_eval(root: Path, split: str) -> Iterator[Sample | Broken]:
     except RecordError as error:
         raise TreeError(f"{file} or {mask_file}: {error}") from None
     for index, record in enumerate(captions):
+        image = ""
         try:
             key = str(take(record, "image_id", object))
             if key not in images:
@@ -91,7 +93,7 @@ def _read_eval(root: Path, split: str) -> Iterator[Sample | Broken]:
             ]
             yield _sample(split, str(index), f"{file}#{index}", image, (height, width), caption, phrases)
         except RecordError as error:
-            yield Broken(file, str(index), str(error))
+            yield Broken(file, str(index), str(error), image)
 
 
 def find_spans(labels: Sequence[str], caption: str) -> list[tuple[int, int]]:

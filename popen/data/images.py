@@ -26,19 +26,33 @@ class AbsentImageError(ImageError):
 def locate(root: Path, relative: str) -> Path:
     """The file `relative` below `root`. Raises ImageError when it lies outside, also through a link."""
     base = root.resolve()
-    path = (base / relative).resolve()
+    try:
+        path = (base / relative).resolve()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a null byte, links in a circle
+        why = getattr(error, "strerror", None) or error
+        raise ImageError(f"{relative!r}: no usable path ({why}); rename the file or correct it") from None
     if not path.is_relative_to(base):
         raise ImageError(f"{relative}: lies outside of the data root {root}; copy or hard-link it into it")
-    if not path.is_file():
-        raise AbsentImageError(f"{relative}: no such file below {root}; fetch the images or correct the path")
+    if not is_file:
+        what = "is a folder, not an image" if is_folder else f"no such file below {root}"
+        raise AbsentImageError(f"{relative}: {what}; fetch the images or correct the path")
     return path
 
 
 @contextmanager
 def _header(source: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
-    """Pillow's lazy image: the header is read, no pixel is decoded. `name` is for the messages."""
+    """Pillow's lazy image: the header is read, no pixel is decoded. `name` is for the messages.
+
+    Raises ImageError, also on greyscale of 16 or 32 bits: Pillow cuts its values off at 255 on the way to
+    RGB, which leaves a white image (a black one of floats from 0 to 1).
+    """
     try:
         with Image.open(source, formats=FORMATS) as image:
+            if image.mode[0] in "IF":
+                raise ImageError(
+                    f"{name}: more than 8 bits a channel (mode {image.mode}); convert it to 8 bits a channel"
+                )
             yield image
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: far too large to decode ({error}); scale it down") from None
@@ -48,7 +62,8 @@ def _header(source: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
 
 
 def image_size(root: Path, relative: str, max_pixels: int | None = None) -> tuple[int, int]:
-    """(height, width) from the header alone. Raises ImageError, also on more than `max_pixels` pixels."""
+    """(height, width) from the header alone. Raises ImageError on what it tells: no image, more than 8 bits
+    a channel, more than `max_pixels` pixels."""
     with _header(locate(root, relative), relative) as image:
         if max_pixels is not None:
             _refuse_larger(image, relative, max_pixels)
@@ -58,8 +73,8 @@ def image_size(root: Path, relative: str, max_pixels: int | None = None) -> tupl
 def open_image(root: Path, relative: str, max_pixels: int) -> Image.Image:
     """RGB image, pixels as stored (no EXIF rotation: masks are drawn on the stored pixels).
 
-    Raises ImageError on a path that leaves `root`, a file that is missing, damaged or truncated, and
-    on more than `max_pixels` pixels, which the header tells before anything is decoded.
+    Raises ImageError on a path that leaves `root`, a file that is missing, damaged or truncated, and on more
+    than 8 bits a channel or `max_pixels` pixels, which the header tells before anything is decoded.
     """
     return _decoded(locate(root, relative), relative, max_pixels)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from popen.data.names import normal
 from popen.data.records import (
     TRAIN2014,
     Broken,
@@ -15,6 +16,7 @@ from popen.data.records import (
     list_answer,
     load_json,
     take,
+    writable,
 )
 from popen.samples import SEG, Region, Sample
 
@@ -29,10 +31,12 @@ def read(root: Path, split: str) -> Iterator[Sample | Broken]:
     """One Sample a question. Raises TreeError when the file as a whole is no list of records."""
     file = path(split)
     for index, record in enumerate(load_json(root, file, list)):
+        image = ""
         try:
-            image, height, width, objects, questions, answers = _parts(record)
+            image = _image(record)
+            height, width, objects, questions, answers = _parts(record)
         except RecordError as error:
-            yield Broken(file, str(index), str(error))
+            yield Broken(file, str(index), str(error), image)
             continue
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
             try:
@@ -52,23 +56,21 @@ def read(root: Path, split: str) -> Iterator[Sample | Broken]:
                     source=f"{file}#{index}/{number}",
                 )
             except RecordError as error:
-                yield Broken(file, f"{index}/{number}", str(error))
+                yield Broken(file, f"{index}/{number}", str(error), image)
 
 
-def _parts(
-    record: dict[str, Any],
-) -> tuple[str, int, int, tuple[Region, ...], list[object], list[object]]:
-    """Image, height, width, objects, questions, answers of a record."""
+def _parts(record: dict[str, Any]) -> tuple[int, int, tuple[Region, ...], list[object], list[object]]:
+    """Height, width, objects, questions, answers of a record."""
     height, width = take(record, "height", int), take(record, "width", int)
     questions, answers = take(record, "questions", list), take(record, "answers", list)
     if len(questions) != len(answers):
         raise RecordError(f"{len(questions)} questions but {len(answers)} answers")
-    return _image(record), height, width, _regions(record.get("ann_list"), height, width), questions, answers
+    return height, width, _regions(record.get("ann_list"), height, width), questions, answers
 
 
-def _image(record: dict[str, Any]) -> str:
+def _image(record: object) -> str:
     """`coco_url` names folder and file (train2017/x.jpg); a bare `file_name` is of train2014."""
-    if record.get("coco_url"):
+    if isinstance(record, dict) and record.get("coco_url"):
         url = take(record, "coco_url", str).split("/")
         if len(url) < 2 or url[-2] not in ("train2014", "train2017", "val2017"):
             raise RecordError(
@@ -86,14 +88,14 @@ def _regions(annotations: object, height: int, width: int) -> tuple[Region, ...]
         rle = annotation_rle(annotation, height, width)
         category = take(annotation, "category_name", str)
         name = take(annotation, "rephrased_name", str) if annotation.get("rephrased_name") else ""
-        regions.append(Region(name or f"the {category}", category, rle))
+        regions.append(Region(name or f"the {normal(category)}", category, rle))
     return tuple(regions)
 
 
 def _text(value: object, what: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"the {what} is a {type(value).__name__}, not a text")
-    return value
+    return writable(value, f"the {what}")
 
 
 def _entry(record: dict[str, Any], key: str, number: int) -> str | None:

@@ -11,7 +11,16 @@ import numpy as np
 
 from popen import masks
 from popen.data.images import AbsentImageError, ImageError, image_size
-from popen.data.records import Broken, RecordError, TreeError, load_json, take, to_rle, unusable
+from popen.data.records import (
+    Broken,
+    RecordError,
+    TreeError,
+    load_json,
+    take,
+    to_rle,
+    unusable,
+    writable,
+)
 from popen.samples import SEG, Region, Rle, Sample
 
 SPLITS = ("train", "val", "test")
@@ -30,8 +39,11 @@ def read(root: Path, split: str) -> Iterator[Sample | Broken]:
     """
     explained = _explanations(root) if split == "train" else {}
     for annotation in sorted((root / path(split)).glob("*.json")):
-        file = f"{path(split)}/{annotation.name}"
+        name = annotation.name.encode("utf-8", "backslashreplace").decode()  # a file's name can be any bytes
+        file, stem, image = f"{path(split)}/{name}", name.removesuffix(".json"), ""
         try:
+            if name != annotation.name:
+                raise RecordError("the file's name is not UTF-8; rename it and its image")
             image = _image(annotation, path(split))
             height, width = image_size(root, image)
             record = _load(annotation)
@@ -40,16 +52,18 @@ def read(root: Path, split: str) -> Iterator[Sample | Broken]:
             sentence = take(record, "is_sentence", bool)
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise RecordError("the key 'text' is not a list of one or more texts")
+            for text in texts:
+                writable(text, "the key 'text'")
         except (RecordError, ImageError) as error:
-            yield unusable(file, annotation.stem, error)
+            yield unusable(file, stem, error, image)
             continue
         for number, text in enumerate(texts if split == "train" else texts[:1]):
-            explanation = explained.get((annotation.stem, text), "")
+            explanation = explained.get((stem, text), "")
             if SEG in explanation:
-                yield Broken(EXPLANATORY, annotation.stem, f"'outputs' must not contain {SEG}")
+                yield Broken(file, str(number), f"'outputs' in {EXPLANATORY} must not contain {SEG}", image)
                 continue
             yield Sample(
-                uid=f"reasonseg/{split}/{annotation.stem}/{number}",
+                uid=f"reasonseg/{split}/{stem}/{number}",
                 benchmark="reasonseg",
                 split=split,
                 image=image,
@@ -92,7 +106,10 @@ def _image(annotation: Path, folder: str) -> str:
 
 
 def _load(annotation: Path) -> Any:
-    raw = annotation.read_bytes()
+    try:
+        raw = annotation.read_bytes()
+    except OSError as error:  # a link to nowhere, a folder of that name
+        raise RecordError(f"cannot be read ({error.strerror}); fetch it again") from None
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 from pycocotools import mask as coco
 
 from popen import masks
 from popen.data.images import AbsentImageError, ImageError
-from popen.samples import Region, Rle
+from popen.samples import Region, Rle, Sample
 
 T = TypeVar("T")
 
@@ -27,11 +27,23 @@ SLACK = 1.0  # pixels a polygon or box may reach over the edge: annotation tools
 
 @dataclass(frozen=True)
 class Broken:
-    """A record that cannot be used. `file` is below the data root."""
+    """A record that cannot be used, or a question of one. `file` is below the data root."""
 
     file: str
-    record: str
+    record: str  # "7", or "7/2" for its third question; of ReasonSeg the file's stem, or the question
     rule: str
+    image: str = field(default="", compare=False)  # as in Sample; empty where the record tells none
+
+    @classmethod
+    def of(cls, sample: Sample, rule: str) -> Self:
+        """The question of a sample that breaks a rule."""
+        file, _, record = sample.source.rpartition("#")
+        return cls(file, record, rule, sample.image)
+
+    @property
+    def source(self) -> str:
+        """As in Sample."""
+        return f"{self.file}#{self.record}"
 
     def __str__(self) -> str:
         return f"{self.file}, record {self.record}: {self.rule}"
@@ -62,10 +74,32 @@ def load_json(root: Path, relative: str, kind: type[T]) -> T:
     return content
 
 
-def unusable(file: str, record: str, error: RecordError | ImageError) -> Broken:
+def unusable(file: str, record: str, error: RecordError | ImageError, image: str) -> Broken:
     """The record that `error` tells about."""
     kind = Absent if isinstance(error, AbsentImageError) else Broken
-    return kind(file, record, str(error))
+    return kind(file, record, str(error), image)
+
+
+def whole(source: str) -> str:
+    """The record that a source is a part of: "<file>#7" of "<file>#7/2", its third question; of ReasonSeg
+    the file."""
+    file, _, record = source.rpartition("#")
+    return file if file.startswith("reason_seg/") else f"{file}#{record.partition('/')[0]}"
+
+
+def writable(text: str, what: str) -> str:
+    """`text`, which a UTF-8 file or a path must be able to hold. JSON can spell what neither can.
+
+    Raises RecordError.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise RecordError(f"{what} has half a character, {half}; write it again as UTF-8") from None
+    if "\0" in text:
+        raise RecordError(f"{what} has a null character; take it out")
+    return text
 
 
 def take(record: object, key: str, kind: type[T]) -> T:
@@ -77,6 +111,8 @@ def take(record: object, key: str, kind: type[T]) -> T:
     value = record[key]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise RecordError(f"the key '{key}' is a {type(value).__name__}, not a {kind.__name__}")
+    if isinstance(value, str):
+        writable(value, f"the key '{key}'")
     return value
 
 

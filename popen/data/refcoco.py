@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from popen.data.names import normal
 from popen.data.records import (
     TRAIN2014,
     Broken,
@@ -71,10 +72,13 @@ def read(root: Path, name: str, split: str) -> Iterator[Sample | Broken]:
     for index, ref in enumerate(load_refs(root, file)):
         if isinstance(ref, dict) and ref.get("split", split) != split:
             continue
+        image = ""
         try:
             take(ref, "split", str)
-            image, height, width, objects = scene.image(take(ref, "image_id", int))
-            target = scene.target(take(ref, "ann_id", int), take(ref, "image_id", int))
+            key = take(ref, "image_id", int)
+            image = scene.path(key)
+            height, width, objects = scene.contents(key)
+            target = scene.target(take(ref, "ann_id", int), key)
             for number, sentence in enumerate(take(ref, "sentences", list)):
                 sent = take(sentence, "sent", str)
                 yield Sample(
@@ -85,13 +89,13 @@ def read(root: Path, name: str, split: str) -> Iterator[Sample | Broken]:
                     height=height,
                     width=width,
                     question=f"Please segment {sent}." if sent.strip() else "",  # ours
-                    answer=f"It is the {target.category} {{seg}}.",
+                    answer=f"It is the {normal(target.category)} {{seg}}.",
                     targets=(target,),
                     objects=objects,
                     source=f"{file}#{index}/{number}",
                 )
         except RecordError as error:
-            yield Broken(file, str(index), str(error))
+            yield Broken(file, str(index), str(error), image)
 
 
 def _by_id(content: dict[str, Any], key: str) -> dict[int, Any]:
@@ -117,14 +121,17 @@ class _Instances:
             self.of_image.setdefault(take(entry, "image_id", int), []).append(key)
         self.regions: dict[int, Region] = {}
 
-    def image(self, key: int) -> tuple[str, int, int, tuple[Region, ...]]:
-        """Path, height, width, and everything annotated in the image."""
+    def path(self, key: int) -> str:
+        """The file of an image."""
         if key not in self.images:
             raise RecordError(f"instances.json has no image {key}")
+        return image_path(TRAIN2014, take(self.images[key], "file_name", str))
+
+    def contents(self, key: int) -> tuple[int, int, tuple[Region, ...]]:
+        """Height and width of an image that is there, and everything annotated in it."""
         entry = self.images[key]
-        path = image_path(TRAIN2014, take(entry, "file_name", str))
         objects = tuple(self.target(annotation, key) for annotation in self.of_image.get(key, []))
-        return path, take(entry, "height", int), take(entry, "width", int), objects
+        return take(entry, "height", int), take(entry, "width", int), objects
 
     def target(self, key: int, image: int) -> Region:
         """One annotation, which must belong to the image."""
@@ -139,5 +146,7 @@ class _Instances:
                 rle = annotation_rle(entry, take(size, "height", int), take(size, "width", int))
             except RecordError as error:
                 raise RecordError(f"annotation {key} in instances.json: {error}") from None
-            self.regions[key] = Region(f"the {self.categories[category]}", self.categories[category], rle)
+            self.regions[key] = Region(
+                f"the {normal(self.categories[category])}", self.categories[category], rle
+            )
         return self.regions[key]

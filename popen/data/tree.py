@@ -82,7 +82,8 @@ def files(benchmark: str, split: str) -> tuple[str, ...]:
 def read(root: Path, spec: str) -> Iterator[Sample | Broken]:
     """Samples of a split, in file order; a record that breaks a rule comes as a `Broken` in its place.
 
-    Broken records come with every part of a split, as their image may be unknown.
+    Of a part come the broken records of its images as well; one that tells no image is in the part that its
+    own name hashes to, so that every part has its share of them.
     Raises SplitError on a spec that does not exist or that the tree has no files of, TreeError
     when a file as a whole is unusable.
     """
@@ -93,7 +94,7 @@ def read(root: Path, spec: str) -> Iterator[Sample | Broken]:
         raise SplitError(
             f"{spec}: {root} has no {first}; splits found there: {found}. Correct data.root or data.splits"
         )
-    return (item for item in _read(root, part) if isinstance(item, Broken) or part.holds(item.image))
+    return (item for item in _read(root, part) if part.holds(item.image or item.source))
 
 
 def _read(root: Path, part: Spec) -> Iterator[Sample | Broken]:

@@ -6,7 +6,9 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from popen.data import published
 from popen.data.check import Found, check, names, table
@@ -16,6 +18,7 @@ from tests.data.trees import (
     HEIGHT,
     MSCOCO,
     STRICT,
+    WIDTH,
     grandf_record,
     muse_record,
     muse_tree,
@@ -181,6 +184,13 @@ def test_image_files_that_cannot_be_used(tmp_path: Path) -> None:
     assert "40 x 40 pixels are more than the 1000 allowed" in by_record["3/0"]
     assert len(found.broken) == 9
     assert not found.missing_images
+
+
+def test_the_header_tells_of_too_many_bits(whole: Path) -> None:
+    Image.fromarray(np.full((HEIGHT, WIDTH), 999, dtype=np.uint16)).save(whole / TRAIN / "b.png")
+    found = only(whole, "muse/train")
+    assert {item.record for item in found.broken} == {"1/0", "1/1", "1/2"}
+    assert "more than 8 bits a channel" in found.broken[0].rule
 
 
 def test_only_decoding_finds_a_truncated_image(whole: Path) -> None:

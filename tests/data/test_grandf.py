@@ -49,6 +49,9 @@ def test_spans_are_whole_words_and_taken_once() -> None:
     [
         ({"file_name": "../g.png"}, "leaves its folder"),
         ({"file_name": "none.png"}, "no such file"),
+        ({"file_name": "g\0.png"}, "'file_name' has a null character"),
+        ({"file_name": "long" * 75 + ".png"}, "no usable path (File name too long)"),
+        ({"caption": "A \ud83d.", "groundings": {}}, "'caption' has half a character"),
         ({"caption": 3}, "'caption' is a int"),
         ({"groundings": []}, "'groundings' is a list"),
         ({"groundings": {"a fork": None}}, "not an object with the key 'token_positives'"),

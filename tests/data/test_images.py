@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from popen.data.images import ImageError, digest, image_size, open_image
+from popen.data.images import ImageError, decode_image, digest, image_size, open_image
 from tests.data.trees import write_image
 
 LIMIT = 10_000
@@ -55,6 +55,26 @@ def test_a_truncated_file(tmp_path: Path, name: str) -> None:
         open_image(tmp_path, name, LIMIT)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.png", "uint16"), ("a.tif", "uint16"), ("a.tif", "int32"), ("a.tif", "float32")]
+)
+def test_greyscale_of_more_than_8_bits_is_refused_not_cut_off(tmp_path: Path, name: str, kind: str) -> None:
+    Image.fromarray(np.linspace(0, 1000, 12).reshape(3, 4).astype(kind)).save(tmp_path / name)
+    for look in (
+        lambda: image_size(tmp_path, name),
+        lambda: open_image(tmp_path, name, LIMIT),
+        lambda: decode_image((tmp_path / name).read_bytes(), name, LIMIT),
+    ):
+        with pytest.raises(ImageError, match=rf"{name}: more than 8 bits .*convert it to 8 bits"):
+            look()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_other_kinds_of_pixels_become_rgb(tmp_path: Path, mode: str) -> None:
+    Image.new("RGB", (4, 3), (255, 255, 255)).convert(mode).save(tmp_path / "a.png")
+    assert open_image(tmp_path, "a.png", LIMIT).getpixel((0, 0)) == (255, 255, 255)
+
+
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"BM"])
 def test_files_that_are_no_images(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
@@ -64,9 +84,18 @@ def test_files_that_are_no_images(tmp_path: Path, content: bytes) -> None:
 
 def test_files_that_are_missing_or_folders(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    for name in ("none.png", "folder"):
-        with pytest.raises(ImageError, match=f"{name}: no such file"):
+    for name, why in (("none.png", "no such file"), ("folder", "is a folder")):
+        with pytest.raises(ImageError, match=f"{name}: {why}"):
             open_image(tmp_path, name, LIMIT)
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "\ud83d.png", "long" * 75 + ".png", "circle.png"])
+def test_paths_that_the_system_refuses(tmp_path: Path, name: str) -> None:
+    os.symlink("circle.png", tmp_path / "circle.png")
+    for look in (image_size, open_image):
+        with pytest.raises(ImageError, match=r"no usable path .*rename the file") as caught:
+            look(tmp_path, name, LIMIT)
+        str(caught.value).encode()  # can be printed and stored
 
 
 def test_paths_that_climb_out_of_the_root(tmp_path: Path) -> None:

@@ -34,6 +34,14 @@ def test_a_record_becomes_a_sample_a_question(tmp_path: Path) -> None:
     assert [o.category for o in none.objects] == ["cup", "fork"]
 
 
+def test_a_thing_without_a_name_is_called_by_its_category_in_words(tmp_path: Path) -> None:
+    car = annotation("car_(automobile)", 8, 5, 3)
+    record = muse_record(answers=[[car], [], []], text_answers=[None, None, None])
+    sample, *_ = samples(muse_tree(tmp_path, train=[record]))
+    assert sample.answer == "It is the car {seg}."
+    assert (sample.targets[0].name, sample.targets[0].category) == ("the car", "car_(automobile)")
+
+
 def test_coco_urls_name_their_folder(tmp_path: Path) -> None:
     url = "http://images.cocodataset.org/val2017/000000000139.jpg"
     one, *_ = samples(muse_tree(tmp_path, val=[muse_record(coco_url=url)]), "muse/val")
@@ -61,6 +69,14 @@ def test_crowds_are_uncompressed_rle(tmp_path: Path) -> None:
         ({"text_answers": ["The cup.", None, None]}, "0/0", "0 {seg} but there are 1 targets"),
         ({"text_answers": [None, "{seg} {seg} {seg}", None]}, "0/1", "3 {seg} but there are 2 targets"),
         ({"questions": ["a", 7, "c"]}, "0/1", "the question is a int"),
+        ({"questions": ["a", "b \ud83d", "c"]}, "0/1", "the question has half a character, '\\ud83d'"),
+        ({"questions": ["a", "b\0", "c"]}, "0/1", "the question has a null character"),
+        ({"text_answers": [None, None, "\udce9"]}, "0/2", "the entry in 'text_answers' has half a character"),
+        ({"question_kinds": ["\ud83d", "b", "c"]}, "0/0", "the entry in 'question_kinds' has half"),
+        ({"ann_list": [annotation("\ud83d", 1, 1, 3)]}, "0", "the key 'category_name' has half a character"),
+        ({"file_name": "caf\udce9.jpg"}, "0", "the key 'file_name' has half a character"),
+        ({"file_name": "a\0.jpg"}, "0", "the key 'file_name' has a null character"),
+        ({"coco_url": "http://x/val2017/\ud83d.jpg"}, "0", "the key 'coco_url' has half a character"),
         ({"answers": [[annotation("cup", 1, 1, 3, bbox=[1, 1, 30, 3])], [], []]}, "0/0", "the box"),
         ({"answers": [[annotation("cup", 14, 1, 9)], [], []]}, "0/0", "leaves the image"),
         ({"answers": [[{"category_name": "cup"}], [], []]}, "0/0", "'segmentation' is missing"),
@@ -100,7 +116,7 @@ def test_missing_keys_are_named(tmp_path: Path, key: str) -> None:
 def test_a_record_that_is_no_object(tmp_path: Path) -> None:
     root = muse_tree(tmp_path, train=[muse_record()])
     (root / "muse/muse_train.json").write_text('["text"]')
-    assert rules(root) == [("0", "is a str, not an object with the key 'height'")]
+    assert rules(root) == [("0", "is a str, not an object with the key 'file_name'")]
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}', "[{", "\xff"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def test_an_explanation_follows_the_answer_to_its_question(tmp_path: Path) -> No
     write_json(tmp_path / "reason_seg/ReasonSeg/explanatory/train.json", [entry | {"outputs": "{seg}"}])
     broken, _ = tree.read(tmp_path, "reasonseg/train")
     assert isinstance(broken, tree.Broken)
+    assert str(broken).startswith("reason_seg/ReasonSeg/train/x.json, record 0: 'outputs' in reason_seg/")
     write_json(tmp_path / "reason_seg/ReasonSeg/explanatory/train.json", [{"image": "x.jpg"}])
     with pytest.raises(tree.TreeError, match="explanatory"):
         list(tree.read(tmp_path, "reasonseg/train"))
@@ -85,6 +87,8 @@ def test_files_written_on_windows(tmp_path: Path) -> None:
     ("changes", "rule"),
     [
         ({"text": []}, "'text' is not a list of one or more texts"),
+        ({"text": ["What is \ud83d?"]}, "'text' has half a character"),
+        ({"text": ["What\0?"]}, "'text' has a null character"),
         ({"is_sentence": "yes"}, "'is_sentence' is a str"),
         ({"shapes": [{"label": "target", "points": [[1, 2], [3, 4]]}]}, "three or more points"),
         ({"shapes": [{"label": "target", "points": [[1, 2, 3], [3, 4, 5]]}]}, "not x, y pairs"),
@@ -102,13 +106,33 @@ def test_broken_records_are_named(tmp_path: Path, changes: dict[str, Any], rule:
     assert isinstance(sound, Sample)
 
 
-@pytest.mark.parametrize("damage", ["no image", "no json", "truncated header"])
+@pytest.mark.skipif(os.name != "posix", reason="file names are text there")
+def test_a_name_that_is_not_utf8_is_named_and_left_out(tmp_path: Path) -> None:
+    """As of a tree that was unpacked from an archive made with Latin-1."""
+    sound = write_reasonseg(tmp_path, "val")
+    for suffix in (".json", ".jpg"):
+        odd = os.fsencode(sound.parent) + b"/caf\xe9" + suffix.encode()
+        Path(os.fsdecode(odd)).write_bytes(sound.with_suffix(suffix).read_bytes())
+    broken, sample = tree.read(tmp_path, "reasonseg/val")
+    assert isinstance(broken, tree.Broken)
+    assert (broken.file, broken.record) == ("reason_seg/ReasonSeg/val/caf\\udce9.json", "caf\\udce9")
+    assert "name is not UTF-8; rename it" in broken.rule
+    assert isinstance(sample, Sample)
+
+
+@pytest.mark.parametrize("damage", ["no image", "no json", "truncated header", "a folder", "a dead link"])
 def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
     path = write_reasonseg(tmp_path, "val")
     if damage == "no image":
         path.with_suffix(".jpg").unlink()
     elif damage == "no json":
         path.write_text("{")
+    elif damage == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif damage == "a dead link":
+        path.unlink()
+        path.symlink_to("nowhere.json")
     else:
         path.with_suffix(".jpg").write_bytes(b"\xff\xd8\xff")
     (broken,) = tree.read(tmp_path, "reasonseg/val")

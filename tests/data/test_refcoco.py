@@ -10,7 +10,7 @@ import pytest
 from popen import masks
 from popen.data import tree
 from popen.samples import Sample
-from tests.data.trees import MSCOCO, annotation, mask, ref, write_refcoco
+from tests.data.trees import HEIGHT, MSCOCO, WIDTH, annotation, mask, ref, write_refcoco
 
 
 def test_a_sentence_becomes_a_sample(tmp_path: Path) -> None:
@@ -79,6 +79,7 @@ def test_a_pickle_that_holds_no_list(tmp_path: Path) -> None:
         ({"ann_id": "1"}, "'ann_id' is a str"),
         ({"sentences": [{"raw": "x"}]}, "'sent' is missing"),
         ({"sentences": None}, "'sentences' is a NoneType"),
+        ({"sentences": [{"sent": "left \ud83d"}]}, "the key 'sent' has half a character"),
     ],
 )
 def test_broken_references_are_named(tmp_path: Path, changes: dict[str, Any], rule: str) -> None:
@@ -88,6 +89,16 @@ def test_broken_references_are_named(tmp_path: Path, changes: dict[str, Any], ru
     assert (broken.file, broken.record) == ("refer_seg/refcoco/refs(unc).p", "0")
     assert rule in broken.rule
     assert len(sound) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"), [("a\0.png", "has a null character"), ("\ud83d.png", "has half a character")]
+)
+def test_file_names_that_no_file_has(tmp_path: Path, name: str, rule: str) -> None:
+    write_refcoco(tmp_path, images=[{"id": 5, "file_name": name, "height": HEIGHT, "width": WIDTH}])
+    (broken,) = tree.read(tmp_path, "refcoco/train")
+    assert isinstance(broken, tree.Broken)
+    assert broken.rule.startswith(f"the key 'file_name' {rule}")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,22 @@ def test_parts_are_by_image_and_of_about_their_size(tmp_path: Path) -> None:
     assert sizes == [900, 3 * len(images[0])]
 
 
+def test_broken_records_are_divided_among_the_parts_as_the_sound_ones_are(tmp_path: Path) -> None:
+    """Those of a whole file would weigh too much in a small part of it."""
+    records = [muse_record(file_name=f"{i}.png", height=None if i % 3 else 12) for i in range(150)]
+    records += [muse_record(file_name=None) for _ in range(50)]
+    root = muse_tree(tmp_path, train=records)
+    parts = [list(tree.read(root, spec)) for spec in ("muse/train[:40%]", "muse/train[40%:]")]
+    broken = [[item for item in part if isinstance(item, tree.Broken)] for part in parts]
+    assert len(broken[0]) + len(broken[1]) == len({item.record for part in broken for item in part}) == 150
+    images = [{item.image for item in part if item.image} for part in broken]
+    assert all(tree.parse("muse/train[:40%]").holds(image) for image in images[0])
+    assert not any(tree.parse("muse/train[:40%]").holds(image) for image in images[1])
+    nameless = [sum(not item.image for item in part) for part in broken]
+    assert sum(nameless) == 50
+    assert 10 <= nameless[0] <= 30
+
+
 def test_a_missing_split_names_what_was_expected_and_what_is_there(tmp_path: Path) -> None:
     muse_tree(tmp_path, train=[muse_record()])
     with pytest.raises(FileNotFoundError, match=r"no muse/muse_val\.json; splits found there: muse/train\."):
