@@ -35,9 +35,8 @@ from popen.model.speech import Member
 from popen.params import EnsembleParams
 from popen.preference.masks import noise_rectangles
 
-
-# Images of the members' that a GPU reads in one pass: what the language model keeps of them, twice for a moment,
-# is 16 GB for LLaVA-1.5-7B and 26 for 13B.
+# Images of the members' that a GPU reads in one pass: what the language model keeps of them, twice for a
+# moment, is 16 GB for LLaVA-1.5-7B and 26 for 13B.
 IMAGES_AT_ONCE = 16
 
 
@@ -243,7 +242,7 @@ class Ensemble:
         masks = refine(self.model, self.attention, aligned, mode)
         counts = [answer.text.count("{seg}") for answer in kept]
         parts = zip(kept, masks.split(counts), aligned.embeddings[:, 0].split(counts), strict=True)
-        return [Answer(a.text, a.token_ids, a.logp, embedding, mask) for a, mask, embedding in parts]
+        return [Answer(a.text, a.token_ids, a.logp, embedding, mask, a.ended) for a, mask, embedding in parts]
 
 
 def save(folder: Path, score: Score, attention: RefinementAttention) -> None:

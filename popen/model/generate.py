@@ -23,6 +23,7 @@ class Answer:
     logp: float  # mean log-likelihood of the words (forced codebook tokens and padding left out)
     embeddings: Tensor  # (n, S, C)
     masks: Tensor  # (n, H, W) logits
+    ended: bool = True  # by the model; else it was cut off
 
 
 @torch.no_grad()
@@ -63,9 +64,10 @@ def _generate(model: Segmenter, batch: Batch, max_new_tokens: int, members: Sequ
     tokenizer = model.tokenizer
     codebook = tokenizer.convert_tokens_to_ids(model.encoder.codebook)
     size = len(codebook)
-    texts, ids, means, counts, chosen, row_of = [], [], [], [], [], []
+    texts, ids, means, ended, counts, chosen, row_of = [], [], [], [], [], [], []
     for row, tokens in enumerate(speech.tokens.tolist()):
-        end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
+        ended.append(tokenizer.eos_token_id in tokens)
+        end = tokens.index(tokenizer.eos_token_id) if ended[-1] else len(tokens)
         firsts = [i for i, token in enumerate(tokens[:end]) if token == codebook[0]]
         if firsts and firsts[-1] + size > speech.hidden.shape[1]:  # cut off inside its last target
             end = firsts.pop()
@@ -85,7 +87,7 @@ def _generate(model: Segmenter, batch: Batch, max_new_tokens: int, members: Sequ
     else:
         embeddings = torch.zeros((0, model.codebook.scales, model.params.decoder.width), device=model.device)
     masks = model.decode(embeddings, features, batch.images, images)
-    per_row = zip(texts, ids, means, embeddings.split(counts), masks.split(counts), strict=True)
+    per_row = zip(texts, ids, means, embeddings.split(counts), masks.split(counts), ended, strict=True)
     return [Answer(*fields) for fields in per_row]
 
 

@@ -41,7 +41,11 @@ def chosen_rows(pairs: Sequence[TextPair]) -> list[Row]:
     """The corrected answers with the true masks of their targets, one image a pair; words alone where the
     masks are not known."""
     masks = [[decode(target.rle) for target in pair.targets] if pair.known else None for pair in pairs]
-    return [Row(index, pair.question, pair.chosen, masks[index]) for index, pair in enumerate(pairs)]
+    ignore = [None if pair.ignore is None else decode(pair.ignore) for pair in pairs]
+    return [
+        Row(index, pair.question, pair.chosen, masks[index], ignore[index])
+        for index, pair in enumerate(pairs)
+    ]
 
 
 def collate_chosen(model: Segmenter, root: Path, max_pixels: int) -> Callable[[Sequence[TextPair]], Batch]:

@@ -72,14 +72,19 @@ class _Choice(BaseModel):
     finish_reason: str | None = None
 
 
-class _Usage(BaseModel):
-    total_tokens: int = 0
-
-
 class _Completion(BaseModel):
     """The part of a chat completion that is read; endpoints differ in the rest."""
 
     choices: list[_Choice] = Field(min_length=1)
+
+
+class _Usage(BaseModel):
+    total_tokens: int | None = Field(default=None, ge=0)
+
+
+class _Bill(BaseModel):
+    """What a reply cost; apart from the completion, for it is paid whether the rest can be read or not."""
+
     usage: _Usage | None = None
 
 
@@ -136,14 +141,12 @@ class Judge:
         key = fingerprint(question, pixels)
         path = next(self.kept.glob(f"{key}-*.json"), None)
         if path is not None:
-            completion = _completion(path.read_bytes())
+            body = path.read_bytes()
         else:
             self._within_budget()
             body = self._post(question, image)
-            completion = _completion(body)
-            tokens = completion.usage.total_tokens if completion.usage else 0
-            write_whole(self.kept / f"{key}-{tokens}.json", body)
-        reply = _reply(completion.choices[0])
+            write_whole(self.kept / f"{key}-{_tokens(body)}.json", body)  # read or not, it is paid for
+        reply = _reply(_completion(body).choices[0])
         return fitted(sampled, reply.answer, reply.targets, sample)
 
     def used(self) -> tuple[int, int]:
@@ -191,6 +194,15 @@ class Judge:
                 f" ({one_line(error)}); check text_preferences.judge or wait, then run again: what was judged"
                 " is kept"
             ) from None
+
+
+def _tokens(body: bytes) -> int:
+    """The tokens that a reply cost, 0 where it does not tell."""
+    try:
+        usage = _Bill.model_validate_json(body).usage
+    except ValidationError:
+        return 0
+    return (usage.total_tokens or 0) if usage else 0
 
 
 def _completion(body: bytes) -> _Completion:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from popen.samples import SEG, Region
+from popen.samples import SEG, Region, Rle
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class TextPair:
     rejected_changed: list[bool]
     chosen_ref: list[float]  # log p of the same tokens under the reference
     rejected_ref: list[float]
+    ignore: Rle | None = None  # the sample's: pixels that count in no loss
 
     @property
     def differs(self) -> bool:
@@ -45,7 +46,7 @@ class TextPair:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sampled answer that made no pair, for its source has no correction of it."""
+    """A sampled answer that made no pair: its source has no correction of it, or it was cut off."""
 
     uid: str
     answer: str
@@ -65,7 +66,9 @@ def write_skipped(path: Path, skipped: Iterable[Skipped]) -> int:
 def write_records(path: Path, records: Iterable[TextPair | Skipped]) -> int:
     """Write both kinds as JSON lines, as they come; returns how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(record), sort_keys=True, ensure_ascii=False) + "\n" for record in records]
+    # few data sets have ignore regions: a pair without one says nothing of it
+    told = ({key: value for key, value in asdict(record).items() if value is not None} for record in records)
+    lines = [json.dumps(record, sort_keys=True, ensure_ascii=False) + "\n" for record in told]
     path.write_text("".join(lines), encoding="utf-8")
     return len(lines)
 

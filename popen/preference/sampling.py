@@ -26,6 +26,8 @@ from popen.preference.sources import Skip, Source, first_wrong
 from popen.preference.text import Correction, changed_spans, correct
 from popen.samples import Sample
 
+CUT_OFF = "cut off at max_new_tokens"  # why an answer made no pair
+
 
 class PairsError(ValueError):
     """No preference data can be made; the message says which parameters to change."""
@@ -51,6 +53,9 @@ def text_pairs(
     """P_t: of `params.samples` answers a question, the first wrong one (else the first), corrected by the
     source. Answers that it has no correction for are yielded as Skipped; a question may give no pair.
 
+    Answers that were cut off are left out, for their correction would end where the model had not: it would
+    teach to stop there. Where no other is left they are Skipped.
+
     `parts` shares the batches among processes and keeps them (see `popen.parts.in_batches`).
     """
     encoder = model.encoder
@@ -64,9 +69,13 @@ def text_pairs(
         draws = [Member(params.temperature, first + draw) for draw in range(params.samples)]
         drawn = generate_members(model, images, asked, max_new_tokens, draws)
         skipped: list[Skipped] = []
-        found = [
-            source(answers, sample, skipped.append) for *answers, sample in zip(*drawn, part, strict=True)
-        ]
+        found = []
+        for *answers, sample in zip(*drawn, part, strict=True):
+            ended = [said for said in answers if said.ended]
+            if not ended:
+                texts = dict.fromkeys(said.text for said in answers)
+                skipped += [Skipped(sample.uid, text, CUT_OFF) for text in texts]
+            found.append(source(ended, sample, skipped.append))
         yield from skipped
         kept = [(row, sample, *pair) for row, sample, pair in zip(asked, part, found, strict=True) if pair]
         if not kept:
@@ -89,6 +98,7 @@ def text_pairs(
                 rejected_changed=marks[1],
                 chosen_ref=logps[index, -len(chosen) :].tolist(),
                 rejected_ref=logps[len(kept) + index, -len(rejected) :].tolist(),
+                ignore=sample.ignore,
             )
 
     return in_batches(range(0, len(samples), batch), pairs_from, "text_preferences", parts)
@@ -125,10 +135,12 @@ def mask_pairs(
         )
         views = [model(encoded.with_images(noisy[copy::copies])) for copy in range(copies)]
         embeddings = torch.stack([view.embeddings for view in views])  # (K, N, S, C)
-        masks = torch.stack([view.masks for view in views]) > 0  # (K, N, H, W)
-        truth = encoded.masks > 0
+        # no mask holds an ignored pixel: none counts here, and winner and loser do not differ there (L_s)
+        valid = encoded.valid > 0
+        masks = (torch.stack([view.masks for view in views]) > 0) & valid  # (K, N, H, W)
+        truth = (encoded.masks > 0) & valid
         ious = _ious(masks, truth[None])
-        clean_ious = _ious(clean.masks > 0, truth)
+        clean_ious = _ious((clean.masks > 0) & valid, truth)
         areas = masks.flatten(2).sum(2)
         place = _place_in_row(encoded.row_of_target.tolist())
         for target, row in enumerate(encoded.row_of_target.tolist()):
@@ -199,7 +211,11 @@ def _drawn(said: Answer, sample: Sample) -> list[list[float]]:
     """IoU of the mask of each of an answer's phrases with each target's, at the model's mask size."""
     size = said.masks.shape[-1]
     truth = [torch.from_numpy(mask_array(decode(target.rle), size)) for target in sample.targets]
-    return [[float(_ious(mask > 0, true)) for true in truth] for mask in said.masks.cpu()]
+    masks = said.masks.cpu() > 0
+    if sample.ignore is not None:
+        valid = ~torch.from_numpy(mask_array(decode(sample.ignore), size))
+        truth, masks = [true & valid for true in truth], masks & valid
+    return [[float(_ious(mask, true)) for true in truth] for mask in masks]
 
 
 def _ious(masks: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:

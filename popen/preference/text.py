@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from popen.data.nouns import singular
 from popen.data.names import normal
+from popen.data.nouns import singular
 from popen.samples import SEG, Region, Sample
 
 DRAWN = 0.5  # IoU from which on a phrase's mask is that of a target

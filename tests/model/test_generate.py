@@ -36,12 +36,13 @@ def test_a_target_that_is_cut_off_is_left_out(
     assert len(answer.masks) == len(answer.embeddings) == answer.text.count("{seg}") == targets
     assert answer.token_ids.count(model.encoder.first_id) == targets
     assert answer.masks.shape[1:] == (32, 32)
+    assert not answer.ended
 
 
 def test_an_answer_may_be_empty(mini_model: Segmenter, picture: Image.Image) -> None:
     model = prefer(mini_model, picture, mini_model.tokenizer.eos_token_id)
     (answer,) = generate(model, [picture], [Row(0, "What?")], 8)
-    assert (answer.text, answer.token_ids) == ("", [])
+    assert (answer.text, answer.token_ids, answer.ended) == ("", [], True)
     assert answer.logp == pytest.approx(0.0, abs=0.05)  # the end token's own, which is all but certain
 
 
@@ -86,3 +87,19 @@ def test_answers_are_those_that_were_taught(taught: Segmenter, data: tuple[Path,
     found = generate(taught, images, asked, 24)
     assert [answer.text for answer in found] == [sample.answer for sample in samples]
     assert all(answer.token_ids == taught.encoder.answer_ids(answer.text)[:-1] for answer in found)
+
+
+def test_an_answer_tells_whether_it_ended_by_itself(
+    taught: Segmenter, data: tuple[Path, list[Sample]]
+) -> None:
+    """At every limit, beside a row that needs less: the end token itself has to fit."""
+    root, samples = data
+    images = [Image.open(root / sample.image) for sample in samples[:2]]
+    asked = [Row(index, sample.question) for index, sample in enumerate(samples[:2])]
+    lengths = [len(taught.encoder.answer_ids(sample.answer)) for sample in samples[:2]]
+    assert lengths[1] < lengths[0]
+    for limit in range(1, lengths[0] + 2):
+        found = generate(taught, images, asked, limit)
+        assert [answer.ended for answer in found] == [length <= limit for length in lengths]
+        for answer, sample in zip(found, samples, strict=False):
+            assert sample.answer.startswith(answer.text)

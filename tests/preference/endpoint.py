@@ -19,7 +19,7 @@ SOON = {"retry-after-ms": "1"}  # the client would wait half a second and more
 Reply = tuple[int, dict[str, str], bytes]
 
 
-def completion(content: str | None, tokens: int = 10, finish: str = "stop", **message: Any) -> Reply:
+def completion(content: object, tokens: int = 10, finish: str = "stop", **message: Any) -> Reply:
     """A chat completion whose message has this content."""
     choice = {"index": 0, "message": {"role": "assistant", "content": content, **message}}
     body = {

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from popen.masks import decode, encode
 from popen.model import IGNORED
 from popen.model.batches import Row
 from popen.model.losses import sft_loss, token_logps
@@ -19,8 +20,8 @@ from popen.params import AlignParams, SftWeights, TrainParams
 from popen.preference.alignment import align_loss, collate, collate_chosen, preference_loss, winners
 from popen.preference.records import MaskPairs, TextPair
 from popen.preference.text import changed_spans
-from popen.samples import Sample
-from tests.conftest import WEIGHTS
+from popen.samples import Rle, Sample
+from tests.conftest import WEIGHTS, square
 
 Data = tuple[Path, list[Sample]]
 LOG2 = math.log(2.0)
@@ -177,6 +178,34 @@ def test_the_anchor_is_the_sft_loss_of_the_winners_alone(
     assert float(anchored) == pytest.approx(2 * float(expected), rel=1e-4)
     for name, value in wanted.items():
         assert float(parts[f"anchor_{name}"]) == pytest.approx(float(value), rel=1e-3)
+
+
+def test_ignored_pixels_count_neither_in_the_anchor_nor_in_the_control_chosen(
+    taught: Segmenter, data: Data, texts: list[TextPair], masks: MaskPairs
+) -> None:
+    """Whatever the true masks say there."""
+    anchor = PARAMS.model_copy(update={"text": 0.0, "mask": 0.0})
+    ignored = decode(square(0, 0, 24).rle)
+
+    def losses(ignore: Rle | None, painted: bool) -> list[float]:
+        pairs = []
+        for pair in texts:
+            regions = [decode(target.rle) | (ignored & painted) for target in pair.targets]
+            targets = [
+                dataclasses.replace(target, rle=encode(mask))
+                for target, mask in zip(pair.targets, regions, strict=True)
+            ]
+            pairs.append(dataclasses.replace(pair, targets=tuple(targets), ignore=ignore))
+        made = collate(taught, data[0], 2000, masks)(pairs)
+        batch = collate_chosen(taught, data[0], 2000)(pairs)
+        with torch.no_grad():
+            anchored, _ = align_loss(anchor, WEIGHTS)(taught, made)
+            return [float(anchored), float(sft_loss(taught(batch), batch, WEIGHTS)[0])]
+
+    rle = encode(ignored)
+    assert losses(rle, painted=True) == losses(rle, painted=False)
+    assert losses(None, painted=True) != losses(None, painted=False)
+    assert losses(encode(ignored & False), painted=False) == losses(None, painted=False)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_busy_and_a_broken_endpoint_are_tried_again(data: Data, tmp_path: Path
     assert not skipped
 
 
-REASONS = [  # reply, reason, whether it is a judge's reply: one that is kept and not asked for again
+REASONS = [  # reply, reason, whether there is a reply at all: one that is kept and not asked for again
     (completion("{'answer': "), "does not fit the format: Invalid JSON", True),
     (completion('{"answer": "x"}'), "does not fit the format: targets: Field required", True),
     (completion('{"answer": "x", "targets": [], "note": 1}'), "note: Extra inputs", True),
@@ -116,9 +116,10 @@ REASONS = [  # reply, reason, whether it is a judge's reply: one that is kept an
     (judged(RIGHT, -1), "target -1", True),
     (judged("The <image> {seg}.", 1), "holds '<image>', which is no word", True),
     (judged(" "), "is empty", True),
-    ((200, {}, b"{broken"), "sent no chat completion: Invalid JSON", False),
-    ((200, {"Content-Type": "text/html"}, b"<p>login</p>"), "sent no chat completion", False),
-    ((200, {}, b'{"choices": []}'), "sent no chat completion: choices: List should have", False),
+    ((200, {}, b"{broken"), "sent no chat completion: Invalid JSON", True),
+    ((200, {"Content-Type": "text/html"}, b"<p>login</p>"), "sent no chat completion", True),
+    ((200, {}, b'{"choices": []}'), "sent no chat completion: choices: List should have", True),
+    (completion([{"type": "text", "text": "x"}]), "choices.0.message.content: Input should be a valid", True),
     (failed(400, "content policy"), "refused the request: Error code: 400", False),
 ]
 
@@ -165,6 +166,46 @@ def test_a_spent_budget_ends_the_judging_and_keeps_it(
         assert all(judge(said(SAID), sample, skipped.append) for sample in data[1])
     assert len(endpoint.requests) == 4
     assert not skipped
+
+
+@pytest.mark.parametrize(
+    ("reply", "tokens"),
+    [
+        (completion([{"type": "text", "text": "x"}], tokens=7), 14),
+        ((200, {}, b'{"choices": [], "usage": {"total_tokens": 7}}'), 14),
+        ((200, {}, b"<p>login</p>"), 0),
+        ((200, {}, b""), 0),
+    ],
+)
+def test_replies_that_cannot_be_read_are_paid_for_and_count(
+    data: Data, tmp_path: Path, reply: Reply, tokens: int
+) -> None:
+    with serving(lambda _: reply) as endpoint:
+        for _ in range(2):  # a stage that is started again
+            judge, skipped = make(endpoint.params(requests=2), data, tmp_path)
+            assert [judge(said(SAID), sample, skipped.append) for sample in data[1]] == [None] * 4
+            assert ["sent no chat completion" in skip.reason for skip in skipped] == [
+                True,
+                True,
+                False,
+                False,
+            ]
+            assert "budget of 2 requests is spent" in skipped[-1].reason
+            assert judge.used() == (2, tokens)
+    assert len(endpoint.requests) == 2
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"total_tokens": None}, {"total_tokens": -3}, "free"])
+def test_a_reply_that_does_not_tell_its_tokens_is_used(data: Data, tmp_path: Path, usage: object) -> None:
+    body = json.loads(judged(RIGHT, 1)[2]) | {"usage": usage}
+    with serving(lambda _: (200, {}, json.dumps(body).encode())) as endpoint:
+        for _ in range(2):
+            judge, skipped = make(endpoint.params(), data, tmp_path)
+            found = judge(said(SAID), data[1][1], skipped.append)
+            assert found is not None
+            assert found[1].answer == RIGHT
+            assert judge.used() == (1, 0)
+    assert len(endpoint.requests) == 1
 
 
 def test_another_model_question_answer_or_image_is_asked_anew(data: Data, tmp_path: Path) -> None:

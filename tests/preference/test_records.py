@@ -36,10 +36,20 @@ def test_text_pairs_come_back_as_they_were(tmp_path: Path) -> None:
     assert list(read_text_pairs(path)) == pairs
     assert [p.differs for p in read_text_pairs(path)] == [True, False]
     before = path.read_bytes()
+    assert b"ignore" not in before
     write_text_pairs(path, pairs)
     assert path.read_bytes() == before
     assert write_text_pairs(path, []) == 0
     assert list(read_text_pairs(path)) == []
+
+
+def test_an_ignore_region_comes_back_beside_pairs_that_have_none(tmp_path: Path) -> None:
+    pairs = [
+        dataclasses.replace(pair("reasonseg/train/0/0", "The cup {seg}."), ignore=square(4, 5, 6).rle),
+        pair("muse/train/0/0", "The cup {seg}."),
+    ]
+    write_text_pairs(tmp_path / "text.jsonl", pairs)
+    assert list(read_text_pairs(tmp_path / "text.jsonl")) == pairs
 
 
 @pytest.fixture

@@ -9,19 +9,23 @@ import pytest
 import torch
 from PIL import Image
 
-from popen.masks import decode
+from popen.masks import decode, encode
 from popen.model.batches import Row
+from popen.model.generate import Answer
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
 from popen.params import MaskPreferenceParams, TextPreferenceParams
 from popen.preference.masks import noise_rectangles
-from popen.preference.records import MaskPairs, TextPair
-from popen.preference.sampling import PairsError, mask_pairs, text_pairs
-from popen.preference.text import correct
-from popen.samples import Sample
+from popen.preference.people import Export
+from popen.preference.records import MaskPairs, Skipped, TextPair
+from popen.preference.sampling import PairsError, mask_pairs, rule, text_pairs
+from popen.preference.sources import Skip
+from popen.preference.text import Correction, correct
+from popen.samples import Region, Rle, Sample
+from tests.conftest import square
 
 Data = tuple[Path, list[Sample]]
-TEXT = TextPreferenceParams(samples=2, temperature=1.5)
+TEXT = TextPreferenceParams(samples=4, temperature=1.2)  # hotter, and most answers are cut off
 MASKS = MaskPreferenceParams(
     perturbed=8, rectangles=1, sigma=0.6, side=(0.2, 0.5), margin=0.01, area_ratio=3.0
 )
@@ -86,6 +90,105 @@ def test_the_first_wrong_answer_is_taken_and_a_right_one_where_none_is(taught: S
     counts = [sum(p.differs for p in texts(taught, data, samples=n, temperature=2.0)) for n in (1, 8)]
     assert counts[0] <= counts[1]
     assert counts[1] > 0
+
+
+def test_answers_that_are_cut_off_make_no_pairs(taught: Segmenter, data: Data) -> None:
+    """Cold, with room for the two short answers alone. Of "It is the cup {seg} and the fork" the rule once
+    made a winner with one name twice; people are not asked for the rest of a sentence either."""
+    room = len(taught.encoder.answer_ids(data[1][1].answer))
+    params = TEXT.model_copy(update={"temperature": 0.01})
+    made = list(text_pairs(taught, *data, params, 3, room, 2000, 0))
+    pairs = [record for record in made if isinstance(record, TextPair)]
+    assert [(pair.uid, pair.rejected) for pair in pairs] == [(s.uid, s.answer) for s in data[1][1::2]]
+    skipped = [record for record in made if isinstance(record, Skipped)]
+    assert [skip.uid for skip in skipped] == [sample.uid for sample in data[1][::2]]
+    assert {skip.reason for skip in skipped} == {"cut off at max_new_tokens"}
+    for skip, sample in zip(skipped, data[1][::2], strict=True):
+        assert sample.answer.startswith(skip.answer)
+
+    export = Export()
+    list(text_pairs(taught, *data, params, 3, room, 2000, 0, export))
+    assert [(line.uid, line.answer) for line in export.lines] == [(pair.uid, pair.rejected) for pair in pairs]
+
+
+def test_of_a_questions_answers_those_that_ended_make_the_pair(taught: Segmenter, data: Data) -> None:
+    seen: list[int] = []
+
+    def watched(answers: list[Answer], sample: Sample, skip: Skip) -> tuple[str, Correction] | None:
+        assert all(said.ended for said in answers)
+        seen.append(len(answers))
+        return rule(answers, sample, skip)
+
+    room = len(taught.encoder.answer_ids(data[1][0].answer))
+    params = TEXT.model_copy(update={"samples": 8})
+    made = list(text_pairs(taught, *data, params, 3, room, 2000, 0, watched))
+    assert any(0 < count < 8 for count in seen)
+    assert {record.uid for record in made if isinstance(record, TextPair)} == {
+        sample.uid for sample, count in zip(data[1], seen, strict=True) if count
+    }
+
+
+def test_the_rule_compares_masks_outside_of_the_ignore_region() -> None:
+    """Two cups, and "the left cup" by its mask: the right one, but for pixels that are ignored."""
+    cup, other = Region("the red cup", "cup", square(2, 2, 8).rle), square(20, 2, 8)
+    ignored = square(0, 12, 20).rle
+    logits = torch.from_numpy(decode(cup.rle) | decode(ignored)).float()[None] - 0.5
+    said = Answer("It is the left cup {seg}.", [], 0.0, torch.zeros(1, 2, 4), logits)
+
+    def chosen(ignore: Rle | None) -> str:
+        things = cup, dataclasses.replace(other, name="the blue cup")
+        answer = "It is the red cup {seg}."
+        sample = Sample("a", "muse", "train", "", 32, 32, "?", answer, (cup,), things, ignore)
+        found = rule([said], sample, print)
+        assert found is not None
+        return found[1].answer
+
+    assert chosen(None) == "It is the red cup {seg}."
+    assert chosen(ignored) == said.text
+
+
+def test_the_ignore_region_goes_with_the_pair(taught: Segmenter, data: Data, said: list[TextPair]) -> None:
+    ignore = square(0, 0, 4).rle
+    samples = [dataclasses.replace(sample, ignore=ignore) for sample in data[1]]
+    assert [pair.ignore for pair in texts(taught, (data[0], samples))] == [ignore] * len(samples)
+    assert [pair.ignore for pair in said] == [None] * len(samples)
+
+
+def test_mask_pairs_do_not_look_at_ignored_pixels(
+    taught: Segmenter, data: Data, said: list[TextPair]
+) -> None:
+    """What the truth says there changes nothing, and winner and loser do not differ there."""
+    ignored = decode(square(0, 0, 9).rle)
+
+    def made(ignore: Rle | None, painted: bool) -> MaskPairs:
+        pairs = []
+        for pair in said:
+            targets = [
+                dataclasses.replace(target, rle=encode(decode(target.rle) | (ignored & painted)))
+                for target in pair.targets
+            ]
+            pairs.append(dataclasses.replace(pair, targets=tuple(targets), ignore=ignore))
+        return masks(taught, data, pairs, "coarse")
+
+    def same(one: MaskPairs, other: MaskPairs) -> bool:
+        values = zip(one._tensors().values(), other._tensors().values(), strict=True)
+        return (one.uids, one.targets) == (other.uids, other.targets) and all(
+            torch.equal(a, b) for a, b in values
+        )
+
+    plain = made(encode(ignored), painted=False)
+    assert same(plain, made(encode(ignored), painted=True))
+    assert not same(made(None, painted=False), made(None, painted=True))
+    assert same(made(encode(ignored & False), painted=False), made(None, painted=False))
+    region = torch.from_numpy(ignored)
+    assert not (plain.winner_masks | plain.loser_masks)[:, region].any()
+    assert (plain.reference_masks[:, region] > 0).any()  # the model draws there
+    truth = {(pair.uid, n): decode(t.rle) & ~ignored for pair in said for n, t in enumerate(pair.targets)}
+    for number, key in enumerate(zip(plain.uids, plain.targets, strict=True)):
+        true = torch.from_numpy(truth[key])
+        for mask, iou in zip((plain.winner_masks, plain.loser_masks), plain.ious[number], strict=False):
+            expected = int((mask[number] & true).sum()) / int((mask[number] | true).sum())
+            assert float(iou) == pytest.approx(expected)
 
 
 def test_mask_pairs_hold_what_the_perturbed_images_give(

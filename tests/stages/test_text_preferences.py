@@ -58,7 +58,7 @@ def expected(taught: Segmenter, data: Data, tmp_path: Path, monkeypatch: pytest.
     params["data"]["root"] = str(data[0])
     params["evaluate"] |= {"batch": 3, "max_new_tokens": 24}
     Path("params.yaml").write_text(yaml.safe_dump(params))
-    change(temperature=1.5)
+    change(samples=4, temperature=1.2)
     copy.deepcopy(taught).save(text_preferences.MODEL)
     write_index(Path("artifacts/index/preference.jsonl"), data[1])
     pairs, _ = text_preferences.make(
