@@ -11,7 +11,7 @@ from typing import Any
 
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
-from popen.tracking import runs_below
+from popen.tracking import runs_below, without_password
 
 FIGURES = ("gIoU", "cIoU", "gIoU_matched", "chair_i", "chair_s", "missing", "area_ratio", "questions")
 LARGEST = 2_000_000  # bytes of a picture that is stored with the run
@@ -51,7 +51,7 @@ def links(root: Path, parent: str) -> str:
     """A Markdown list of the MLflow run `parent` and its children, with their pages."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     own = f"http://127.0.0.1:{os.environ.get('MLFLOW_PORT', 5000)}"  # `make up`, `make ui`
-    server = uri if uri.startswith("http") else own
+    server = without_password(uri) if uri.startswith("http") else own
     pages = f"{server.rstrip('/')}/#/experiments"
     return "\n".join(
         f"- [{run.info.run_name}]({pages}/{run.info.experiment_id}/runs/{run.info.run_id}): "

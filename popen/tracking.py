@@ -2,30 +2,39 @@
 
 Records are kept in memory and sent in batches (one metric at a time costs 24 ms on SQLite). A tracking
 server that is away stops nothing: sending is tried again with growing pauses, and for the last time
-when the stage ends. Only MLflow's client is used, which needs no "active run", so `MLFLOW_RUN_ID` and
-the like in the environment change nothing.
+when the stage ends. Nor does a run that somebody deleted, whose records are dropped. Files go after
+everything else, so that a storage that fails keeps no metric and no run's end waiting. Only MLflow's client
+is used, which needs no "active run", so `MLFLOW_RUN_ID` and the like in the environment change nothing.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import filelock
 
-from popen import pipeline
+from popen import mlflow_requests, pipeline
 from popen.errors import one_line
+from popen.mlflow_requests import (
+    end_run,
+    faults,
+    is_away,
+    is_lost,
+    is_refusal,
+    resumed,
+    without_password,
+)
+from popen.uploads import Task, Tries, Upload, Uploads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from mlflow.entities import DatasetInput, Run
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "popen"
@@ -33,27 +42,9 @@ _PROCESS = "process"  # tag: the process that ends this run
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 _BATCH = 900  # metrics a request (MLflow takes 1000 entities)
-_BATCH_PARAMS = 90  # parameters or tags a request (MLflow takes 100)
 _EVERY = 10.0  # seconds between two sends of buffered metrics
 _LAST_TRIES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # pauses before the tries at the end of a stage, seconds
 _PATIENCE = 60.0  # seconds after which the end of a stage tries no more
-_LONGEST_PAUSE = 600.0
-
-
-def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested parameters as dotted names: {"sft": {"train": {"lr": 0.1}}} -> {"sft.train.lr": "0.1"}."""
-    flat: dict[str, str] = {}
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[legal(f"{prefix}{key}")] = value if isinstance(value, str) else json.dumps(value)
-    return flat
-
-
-def legal(name: str) -> str:
-    """A name that MLflow accepts: "refcoco+/cIoU" -> "refcoco_plus/cIoU", "align@fine" -> "align_fine"."""
-    return re.sub(r"[^\w./\- :]", "_", re.sub(r"\+(?=\w)", "_plus_", name).replace("+", "_plus"))
 
 
 class Tracker:
@@ -82,40 +73,49 @@ class Tracker:
         self._last_tries = last_tries
         self._owned_parent: str | None = None
         self._started = time.time()
-        self._sent_at = time.monotonic()
-        self._pause = 0.0  # after a failed try: seconds until the next one
         self._client: MlflowClient | None = None
-        self._metrics: list[tuple[str, float, int, int]] = []  # name, value, time in ms, step
-        self._tasks: list[Callable[[MlflowClient, str], object]] = [
-            lambda client, run: _log_params(client, run, flatten(params)),
-            lambda client, run: _log_tags(client, run, tags),
-        ]  # everything else that waits, in order
+        self._gone = False  # somebody deleted the run
+        self._ending = False  # the stage is over
+        self._metrics: list[mlflow_requests.Point] = []
+        flat = mlflow_requests.flatten(params)
+        self._records: list[Task] = [  # what else is a row of the database, in order
+            lambda client, run: mlflow_requests.log_params(client, run, flat),
+            lambda client, run: mlflow_requests.log_tags(client, run, tags),
+        ]
         if dataset is not None:
-            self._tasks.append(lambda client, run: client.log_inputs(run, [_dataset_input(dataset)]))
+            data = dataset
+            self._records.append(
+                lambda client, run: client.log_inputs(run, [mlflow_requests.dataset_input(data)])
+            )
+        self._tries = Tries()
+        self._uploads = Uploads(self._warn)
         self._send()
 
     def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Buffer metrics; they are sent every ten seconds or 900 values, and at the end."""
         now = int(time.time() * 1000)
-        self._metrics += [(legal(name), float(value), now, step or 0) for name, value in values.items()]
-        if len(self._metrics) >= _BATCH or time.monotonic() - self._sent_at > _EVERY:
+        self._metrics += [
+            (mlflow_requests.legal(name), float(value), now, step or 0) for name, value in values.items()
+        ]
+        if len(self._metrics) >= _BATCH or self._tries.since() > _EVERY:
             self._send_if_due()
 
-    def do(self, task: Callable[[MlflowClient, str], object]) -> None:
-        """Record something of another kind: `task` gets a client and the run's id, now or as soon as the
-        server answers. It may be called again where it failed."""
-        self._tasks.append(task)
+    def do(self, task: Task, what: str = "a record") -> None:
+        """Record something of another kind, which messages call `what`: `task` gets a client and the run's
+        id, now or as soon as the server answers. It may be called again where it failed."""
+        self._uploads.waiting.append(Upload(what, task))
         self._send_if_due()
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Tag the run (values of 5000 characters at most)."""
-        self.do(lambda client, run: _log_tags(client, run, tags))
+        self._records.append(lambda client, run: mlflow_requests.log_tags(client, run, tags))
+        self._send_if_due()
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file or a whole folder with the run (below `folder` of the run's artifacts)."""
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file to store with the run of stage {self.stage}")
-        self.do(lambda client, run: _log_path(client, run, path, folder))
+        self.do(lambda client, run: mlflow_requests.log_path(client, run, path, folder), path.name)
 
     def log_figure(self, figure: Figure, name: str) -> None:
         """Store a matplotlib figure as `figures/<name>.png`."""
@@ -125,70 +125,106 @@ class Tracker:
         self.log_artifact(path, str(Path("figures", name).parent))
 
     def close(self, status: Status) -> None:
-        """Send what is left and end the run. Where the server stays away, say what was not recorded."""
-        deadline = time.monotonic() + _PATIENCE
-        self._tasks.append(lambda client, run: self._end(client, run, status))
+        """Send what is left and end the run. Say what was not recorded, and why."""
+        self._ending, deadline = True, time.monotonic() + _PATIENCE
         for pause in (0.0, *self._last_tries):
             time.sleep(pause)
-            if self._send() or time.monotonic() > deadline:
+            sent = self._send()
+            ended = self._end(status)  # after the uploads, of which that of a model ends the run, too
+            if (sent and ended) or time.monotonic() > deadline:
                 break
-        if self._tasks or self._metrics:
-            print(f"{self.stage}: warning: {self._waiting()} were not recorded in MLflow", flush=True)
+        if self._metrics or self._records or not ended:
+            end = "" if ended else " and the run's end"
+            self._warn(f"{self._waiting()}{end} were not recorded in MLflow")
+        for upload in self._uploads.waiting:
+            self._warn(f"{upload.what} was not stored in MLflow ({upload.why})")
         self._figures.cleanup()
 
-    def _end(self, client: MlflowClient, run: str, status: Status) -> None:
-        self._send_metrics(client, run)
-        client.set_terminated(run, status)
-        if self._owned_parent:
-            client.set_terminated(self._owned_parent, status)
+    def _end(self, status: Status) -> bool:
+        """End the run and the pipeline's, if they are open; returns whether that was possible."""
+        if self._client is None or self.run_id is None:
+            return False
+        try:
+            for run in filter(None, (self.run_id, self._owned_parent)):
+                end_run(self._client, run, status)
+        except faults():
+            return False
+        return True
+
+    def _warn(self, text: str) -> None:
+        print(without_password(f"{self.stage}: warning: {text}"), flush=True)
+
+    def _waiting(self) -> str:
+        return f"{len(self._metrics)} metrics and {len(self._records)} other records"
 
     def _send_if_due(self) -> None:
-        """Send, unless a try failed a short while ago: training must not wait for a dead server."""
-        if time.monotonic() - self._sent_at >= self._pause:
+        if self._tries.is_due():
             self._send()
 
     def _send(self) -> bool:
-        """Try to send everything once. What was sent is forgotten, so a later try goes on from there.
+        """Try to send everything once; returns whether nothing is left. What was sent is forgotten, so a
+        later try goes on from there.
 
-        Raises MlflowException for a wrong name or value, which no second try would mend.
+        Raises MlflowException for a wrong name or value, which no second try would mend. The end of a stage
+        only says so, for the run must be ended.
         """
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
+        if self._gone:
+            self._forget()
+        if not self._send_records():
+            return False
+        client, run = self._open()
+        try:
+            if self._ending:
+                self._uploads.send_last(client, run)
+            else:
+                self._uploads.send(client, run)
+        except faults():
+            if not self._was_deleted():
+                raise
+        return not self._uploads.waiting or self._was_deleted()
 
+    def _send_records(self) -> bool:
         began = time.monotonic()
         try:
             client, run = self._open()
-            while self._tasks:
-                self._tasks[0](client, run)
-                self._tasks.pop(0)
-            self._send_metrics(client, run)
-            self._pause = 0.0
-        except (OSError, MlflowException, SQLAlchemyError) as error:
-            if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
+            while self._records:
+                self._records[0](client, run)
+                self._records.pop(0)
+            while self._metrics:
+                mlflow_requests.log_points(client, run, self._metrics[:_BATCH])
+                del self._metrics[:_BATCH]
+        except faults() as error:
+            if not is_away(error) and self._was_deleted():
+                return True
+            if is_refusal(error) and self.run_id is not None:
                 # Forget the culprit, or it would be refused again at each later try.
-                if self._tasks:
-                    self._tasks.pop(0)
+                if self._records:
+                    self._records.pop(0)
                 else:
                     del self._metrics[:_BATCH]
-                raise
-            self._pause = min(max(1.0, 2 * self._pause, 10 * (time.monotonic() - began)), _LONGEST_PAUSE)
-            print(
-                f"{self.stage}: warning: MLflow at {self.uri} cannot be reached ({one_line(error)}); "
-                f"{self._waiting()} wait and the stage goes on",
-                flush=True,
-            )
-        self._sent_at = time.monotonic()
-        return self._pause == 0.0
+                if not self._ending:
+                    raise
+                self._warn(f"MLflow refused a record ({one_line(error)})")
+                return self._send_records()
+            self._tries.tried(began, failed=True)
+            how = "cannot be reached" if is_away(error) else "takes no records"
+            waits = f"{self._waiting()} wait and the stage goes on"
+            self._warn(f"MLflow at {self.uri} {how} ({one_line(error)}); {waits}")
+            return False
+        self._tries.tried(began, failed=False)
+        return True
 
-    def _send_metrics(self, client: MlflowClient, run: str) -> None:
-        from mlflow.entities import Metric
+    def _was_deleted(self) -> bool:
+        """Whether somebody deleted the run; it is not made anew, for they do not want it."""
+        if self._client is None or self.run_id is None or not is_lost(self._client, self.run_id):
+            return False
+        self._warn(f"the run {self.run_id} was deleted in MLflow; its records are dropped, the stage goes on")
+        self._gone = True
+        self._forget()
+        return True
 
-        while self._metrics:
-            client.log_batch(run, metrics=[Metric(*metric) for metric in self._metrics[:_BATCH]])
-            del self._metrics[:_BATCH]
-
-    def _waiting(self) -> str:
-        return f"{len(self._metrics)} metrics and {len(self._tasks)} other records"
+    def _forget(self) -> None:
+        self._metrics, self._records, self._uploads.waiting = [], [], []
 
     def _open(self) -> tuple[MlflowClient, str]:
         """Client and run, made at the first call that reaches the tracking server."""
@@ -208,10 +244,8 @@ class Tracker:
     def _shared_parent(self, client: MlflowClient, experiment: str) -> str:
         """The run that all stages of one `dvc repro` are children of; call it under the lock."""
         path = pipeline.parent_file(self._home)
-        if path.exists():
-            parent = path.read_text(encoding="utf-8")
-            client.update_run(parent, status="RUNNING")
-        else:
+        parent = path.read_text(encoding="utf-8") if path.exists() else None
+        if parent is None or not resumed(client, parent):
             process = pipeline.process_name(pipeline.dvc_process())
             parent = _create_parent(client, experiment, process)
             path.write_text(parent, encoding="utf-8")
@@ -255,18 +289,7 @@ def start_parent(home: Path) -> str:
 def end_parent(home: Path, run_id: str, status: Status) -> None:
     """End the run that `start_parent` made. Raises as that does."""
     with _connected(home, tracking_uri(home)) as (client, _):
-        client.set_terminated(run_id, status)
-
-
-def is_away(error: BaseException) -> bool:
-    """Whether an error of MLflow's means that its server or database does not answer, so that a later try
-    may help."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    if isinstance(error, MlflowException):
-        return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
-    return isinstance(error, OSError | SQLAlchemyError)
+        end_run(client, run_id, status)
 
 
 def runs_below(home: Path, parent: str) -> list[Run]:
@@ -297,11 +320,20 @@ def _connected(home: Path, uri: str) -> Iterator[tuple[MlflowClient, str]]:
         if found is not None:
             experiment = str(found.experiment_id)
         else:
-            local = "MLFLOW_TRACKING_URI" not in os.environ
-            location = (home / "mlartifacts").as_uri() if local else None
-            experiment = str(client.create_experiment(EXPERIMENT, artifact_location=location))
+            experiment = str(client.create_experiment(EXPERIMENT, artifact_location=_artifacts(uri)))
         _end_orphans(client, experiment)
         yield client, experiment
+
+
+def _artifacts(uri: str) -> str | None:
+    """Where a new experiment keeps its files. With SQLite beside the database, wherever that lies, so that
+    a copy of the two is a whole one; None leaves it to a server, which has a place of its own."""
+    if not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy.engine import make_url
+
+    database = make_url(uri).database
+    return Path(database).resolve().with_name("mlartifacts").as_uri() if database else None
 
 
 def _create_parent(client: MlflowClient, experiment: str, process: str) -> str:
@@ -315,35 +347,4 @@ def _end_orphans(client: MlflowClient, experiment: str) -> None:
     running = client.search_runs([experiment], "attributes.status = 'RUNNING'")
     for run in running:
         if pipeline.is_gone(run.data.tags.get(_PROCESS, "")):
-            client.set_terminated(run.info.run_id, "KILLED")
-
-
-def _log_params(client: MlflowClient, run: str, params: Mapping[str, str]) -> None:
-    from mlflow.entities import Param
-
-    entities = [Param(name, value) for name, value in params.items()]
-    for start in range(0, len(entities), _BATCH_PARAMS):
-        client.log_batch(run, params=entities[start : start + _BATCH_PARAMS])
-
-
-def _log_tags(client: MlflowClient, run: str, tags: Mapping[str, str]) -> None:
-    from mlflow.entities import RunTag
-
-    entities = [RunTag(name, value[:5000]) for name, value in tags.items()]
-    for start in range(0, len(entities), _BATCH_PARAMS):
-        client.log_batch(run, tags=entities[start : start + _BATCH_PARAMS])
-
-
-def _log_path(client: MlflowClient, run: str, path: Path, folder: str | None) -> None:
-    if path.is_dir():
-        client.log_artifacts(run, str(path), str(Path(folder or "", path.name)))
-    else:
-        client.log_artifact(run, str(path), folder)
-
-
-def _dataset_input(digest: str) -> DatasetInput:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    source = json.dumps({"uri": "data", "dvc": "data.dvc"})
-    data = Dataset(name="data", digest=digest[:36], source_type="local", source=source)
-    return DatasetInput(data, [InputTag("mlflow.data.context", "pipeline")])
+            end_run(client, run.info.run_id, "KILLED")

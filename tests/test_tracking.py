@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from popen import pipeline
-from popen.tracking import Tracker, flatten, legal
+from popen.mlflow_requests import flatten, legal
+from popen.tracking import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLFLOW_TRACKING_URI", "POPEN_PARENT_RUN", "MLFLOW_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -144,7 +146,7 @@ def test_a_server_that_is_away_loses_no_stage_and_no_record(
     away.close("FINISHED")
     printed = capsys.readouterr().out
     assert "away: warning: MLflow at http://127.0.0.1:9 cannot be reached" in printed
-    assert "away: warning: 1 metrics and 4 other records were not recorded in MLflow" in printed
+    assert "warning: 1 metrics and 3 other records and the run's end were not recorded in MLflow" in printed
 
     back = opened(home, "back", params={"a": 1})
     back.log_metrics({"loss": 0.5}, 3)
@@ -168,6 +170,29 @@ def test_our_own_mistakes_are_not_taken_for_an_absent_server(home: Path, tmp_pat
     tracker.close("FAILED")
     (run,) = stages(home, "mistake")
     assert (run.info.status, run.data.tags["error"]) == ("FAILED", "a name was too long")
+
+
+def test_files_lie_beside_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of `mlflow.db` and `mlartifacts` must be whole, whatever names the database."""
+    places = {name: tmp_path / name for name in ("empty", "exported", "relative", "other")}
+    for folder in places.values():
+        folder.mkdir()
+    client(places["empty"]).search_experiments()  # makes the tables, which takes a second
+    for name in ("exported", "relative", "other"):
+        shutil.copy(places["empty"] / "mlflow.db", places[name])
+    (tmp_path / "elsewhere").mkdir()
+    for name, clone, uri, cwd in (
+        ("empty", "empty", "", "elsewhere"),
+        ("exported", "exported", f"sqlite:///{places['exported'] / 'mlflow.db'}", "elsewhere"),
+        ("relative", "relative", "sqlite:///mlflow.db", "relative"),
+        ("other", "empty", f"sqlite:///{places['other'] / 'mlflow.db'}", "elsewhere"),
+    ):
+        monkeypatch.chdir(tmp_path / cwd)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        opened(tmp_path / clone, "files").close("FINISHED")
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        (run,) = stages(places[name], "files")
+        assert run.info.artifact_uri.startswith(f"{(places[name] / 'mlartifacts').as_uri()}/"), name
 
 
 def test_runs_of_killed_processes_are_ended(home: Path) -> None:

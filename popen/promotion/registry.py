@@ -21,7 +21,7 @@ from popen.checkpoints import digest
 from popen.errors import one_line
 from popen.promotion.gate import Verdict
 from popen.stages.model_record import BUNDLE_TAG
-from popen.tracking import EXPERIMENT, tracking_uri
+from popen.tracking import EXPERIMENT, tracking_uri, without_password
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -32,7 +32,7 @@ NAME = "popen"
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 LOCK, GATE, ROLLED_BACK = "dvc.lock", "gate", "rolled_back"  # tags of a version
 BUNDLE = Path("artifacts/models/popen+ensemble")
-LINEAGE_FILES = ("dvc.lock", "data.dvc", "params.yaml")  # copied beside the model
+LINEAGE_FILES = ("dvc.lock", "data.dvc", "params.yaml")  # copied beside the model, see `facts_folder`
 _WRITTEN = ("dvc.lock", "data.dvc", "metrics")  # tracked files that a run changes
 _MOVE = "move"  # tag of the registered model: aliases that are on their way
 _DESCRIPTION = 5000  # characters that MLflow's database takes
@@ -97,7 +97,9 @@ def connect(home: Path) -> MlflowClient:
     uri = tracking_uri(home)
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not path.is_file():
-        raise NoRegistryError(f"no registry yet ({path} is not there); run the flow `retrain` first")
+        raise NoRegistryError(
+            f"no registry yet ({path} is not there); `python -m flows.retraining` makes one"
+        )
     import mlflow
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
@@ -108,9 +110,8 @@ def connect(home: Path) -> MlflowClient:
     try:
         client.search_registered_models(max_results=1)
     except (OSError, MlflowException, SQLAlchemyError) as error:
-        raise AwayError(
-            f"MLflow at {uri} cannot be reached ({one_line(error)}); start it, or set MLFLOW_TRACKING_URI"
-        ) from None
+        says = f"MLflow at {uri} cannot be reached ({one_line(error)}); start it, or set MLFLOW_TRACKING_URI"
+        raise AwayError(without_password(says)) from None
     return client
 
 
@@ -145,10 +146,16 @@ def recorded(client: MlflowClient, bundle: str) -> LoggedModel | None:
     return next((model for model in found if model.status == "READY"), None)
 
 
+def facts_folder(lock: str) -> str:
+    """Where a version's card and lineage files lie beside its model. Versions of the same weights share the
+    model, so each has a folder of its own."""
+    return f"lineage/{lock}"
+
+
 def register(client: MlflowClient, root: Path, facts: Lineage, card: str) -> ModelVersion:
     """The version of `facts`, found again or made; the challenger unless it was already judged good.
 
-    `card` is Markdown; it lies beside the model as MODEL_CARD.md, with the files that the lineage names.
+    `card` is Markdown; it lies beside the model as MODEL_CARD.md, with the lineage files.
     Raises RegistryError when the bundle was never recorded.
     """
     _create_model(client)
@@ -159,15 +166,15 @@ def register(client: MlflowClient, root: Path, facts: Lineage, card: str) -> Mod
             raise RegistryError(
                 f"{BUNDLE} was never recorded in MLflow; run the flow `retrain`, it does that"
             )
-        client.log_model_artifact(model.model_id, str(_written(root / "artifacts/MODEL_CARD.md", card)))
-        for name in LINEAGE_FILES:
-            client.log_model_artifact(model.model_id, str(root / name), "lineage")
+        folder = facts_folder(facts.lock)
+        for path in (_written(root / "artifacts/MODEL_CARD.md", card), *(root / n for n in LINEAGE_FILES)):
+            client.log_model_artifact(model.model_id, str(path), folder)
         client.create_model_version(
             NAME,
             model.artifact_location,
             model.source_run_id,
             facts.tags(),
-            description="Not judged yet. The model card lies beside the model: MODEL_CARD.md",
+            description=f"Not judged yet. The model card lies beside the model: {folder}/MODEL_CARD.md",
             model_id=model.model_id,
         )
     # Another clone may have made one meanwhile: all that did keep the first, whose number they all see.

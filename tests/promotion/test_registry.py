@@ -76,11 +76,36 @@ def test_a_version_has_its_lineage_and_is_found_again(empty: MlflowClient, clone
     kept = json.loads(one.tags["figures"])["muse_val"]
     assert {"sft", "control", "chosen", "popen", "popen+ensemble"} <= set(kept)
     base = Path(str(one.source).removeprefix("file://"))
-    assert (base / "lineage/dvc.lock").read_bytes() == (clone / "dvc.lock").read_bytes()
-    written = (base / "MODEL_CARD.md").read_text()
+    written = (base / "lineage" / facts.lock / "MODEL_CARD.md").read_text()
     assert all(f"## {part}" in written for part in ("Data", "Figures", "Known failures", "Licence"))
     assert f"| muse_val | control | {100 * kept['control']['gIoU_matched']:.1f} |" in written
     assert "weak at questions of the kind" in written
+
+
+def test_versions_of_the_same_weights_keep_their_own_lineage_and_card(
+    empty: MlflowClient, clone: Path, tmp_path: Path
+) -> None:
+    """`dvc.lock` also changes where a test set does, of which the weights know nothing."""
+    old = {name: (clone / name).read_bytes() for name in registry.LINEAGE_FILES}
+    try:
+        one = register(empty, clone, lineage(clone), "# first")
+        new = {name: content + b"\n# another test set\n" for name, content in old.items()}
+        for name, content in new.items():
+            (clone / name).write_bytes(content)
+        two = register(empty, clone, lineage(clone), "# second")
+        assert register(empty, clone, lineage(clone), "# third").version == two.version
+    finally:
+        for name, content in old.items():
+            (clone / name).write_bytes(content)
+    assert one.version != two.version
+    assert one.tags["bundle"] == two.tags["bundle"]
+    for version, files, words in ((one, old, "# first"), (two, new, "# second")):
+        folder = tmp_path / str(version.version)  # as docs/operations.md says
+        mlflow.artifacts.download_artifacts(f"models:/popen/{version.version}", dst_path=str(folder))
+        kept = folder / "lineage" / version.tags["dvc.lock"]
+        assert {name: (kept / name).read_bytes() for name in registry.LINEAGE_FILES} == files
+        assert (kept / "MODEL_CARD.md").read_text() == words
+        assert str((kept / "MODEL_CARD.md").relative_to(folder)) in str(version.description)
 
 
 def test_the_registered_model_answers_its_own_example(
@@ -187,7 +212,8 @@ def test_without_a_registry_the_command_says_so(
     (tmp_path / ".dvc").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    for uri, says in (("", "no registry yet"), ("http://127.0.0.1:9", "cannot be reached")):
+    away = "http://me:secret@127.0.0.1:9"
+    for uri, says in (("", "no registry yet"), (away, "MLflow at http://me@127.0.0.1:9 cannot be reached")):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         monkeypatch.setattr("sys.argv", ["popen", "models"])
         with pytest.raises(SystemExit) as ended:
@@ -196,5 +222,6 @@ def test_without_a_registry_the_command_says_so(
         assert ended.value.code == 1
         assert error.startswith("popen: error: ")
         assert says in error
+        assert "secret" not in error
         assert error.count("\n") == 1
     assert not (tmp_path / "mlflow.db").exists()
