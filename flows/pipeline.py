@@ -90,13 +90,14 @@ def popen_pipeline(
                 _experiment(experiment, targets or [], overrides or [], work)
             else:
                 _stages(targets, work)
-            status = "FINISHED"
         except Exception:
             status = "FAILED"
+            if share:  # what was finished before a failure is worth sharing, too
+                _push_after_failure(work)
             raise
-        finally:
-            if share and status != "KILLED":  # what was finished before a failure is worth sharing, too
-                _storage("push", work)
+        status = "FINISHED"
+        if share:
+            _storage("push", work)
     finally:
         work.stop.set()  # on every way out, so that no stage survives its flow
         work.parent.end(status)
@@ -234,6 +235,13 @@ def _storage(direction: str, work: _Work) -> None:
     run.submit().result()
 
 
+def _push_after_failure(work: _Work) -> None:
+    try:
+        _storage("push", work)
+    except Exception as error:  # the run tells what failed first
+        get_run_logger().error("What was finished could not be shared: %s", one_line(error))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m flows.pipeline", description="The pipeline, run by Prefect"
@@ -242,10 +250,8 @@ def main() -> None:
     parser.add_argument("-S", "--set-param", action="append", dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--force", action="store_true", help="also run stages that did not change")
     words = parser.parse_args()
-    os.chdir(find_root(Path.cwd()))
     by_hand(
-        lambda: popen_pipeline(targets=words.targets or None, overrides=words.overrides, force=words.force),
-        PipelineError,
+        lambda: popen_pipeline(targets=words.targets or None, overrides=words.overrides, force=words.force)
     )
 
 

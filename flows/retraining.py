@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -217,12 +216,7 @@ def main() -> None:
         "--max-age-days", type=float, default=MONTH, help="oldest champion (default: %(default)s)"
     )
     words = parser.parse_args()
-    os.chdir(pipeline.find_root(Path.cwd()))
-    print(
-        by_hand(
-            lambda: retrain(force=words.force, max_age_days=words.max_age_days), PipelineError, RetrainError
-        )
-    )
+    print(by_hand(lambda: retrain(force=words.force, max_age_days=words.max_age_days)))
 
 
 if __name__ == "__main__":

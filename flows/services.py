@@ -8,6 +8,7 @@ Ports: `PREFECT_SERVER_API_PORT` (4200) and `MLFLOW_PORT` (5000). They listen on
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -23,7 +24,7 @@ import psutil
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import heartbeats, orphans
-from popen.pipeline import find_root, is_gone, process_name, state_folder
+from popen.pipeline import CloneError, find_root, is_gone, process_name, state_folder
 from popen.tracking import tracking_uri
 
 POOL = "popen"
@@ -76,12 +77,14 @@ def up(root: Path) -> dict[str, str]:
                 heartbeats.watch()
         for run in left:
             print(f"flow run {run} was left by a dead worker: closed as crashed", flush=True)
+        heard = None
         if worker in missing:
             if httpx.get(f"{address}/api/work_pools/{POOL}").status_code == 404:
                 _prefect(root, "work-pool", "create", POOL, "--type", "process")
             _prefect(root, "deploy", "--all")
+            heard = _heartbeat(address)  # of the one that is dead
             _start(root, worker)
-        _wait(root, worker, lambda: _online(address))
+        _wait(root, worker, lambda: _heartbeat(address) not in (None, heard))
         _wait(root, pages, lambda: httpx.get(f"{_address(root, pages)}/health").is_success)
     except BaseException:
         for service in missing:
@@ -178,7 +181,7 @@ def _wait(root: Path, service: Service, answers: Callable[[], bool]) -> None:
         try:
             if answers():
                 return
-        except httpx.TransportError:
+        except httpx.HTTPError:
             pass
         time.sleep(0.25)
     path = _log(root, service.name)
@@ -186,11 +189,13 @@ def _wait(root: Path, service: Service, answers: Callable[[], bool]) -> None:
     raise ServiceError("\n".join([f"the {service.name} did not start; the end of {path}:", *lines]))
 
 
-def _online(server: str) -> bool:
-    workers: list[dict[str, Any]] = httpx.post(
-        f"{server}/api/work_pools/{POOL}/workers/filter", json={}
-    ).json()
-    return any(worker["status"] == "ONLINE" for worker in workers)
+def _heartbeat(server: str) -> str | None:
+    """When the server last heard of our worker. None where it counts as gone, which a dead one does only when
+    three heartbeats are missing."""
+    answer = httpx.post(f"{server}/api/work_pools/{POOL}/workers/filter", json={})
+    workers: list[dict[str, Any]] = answer.raise_for_status().json()
+    online = (worker for worker in workers if worker["name"] == WORKER and worker["status"] == "ONLINE")
+    return next((str(worker["last_heartbeat_time"]) for worker in online), None)
 
 
 def _prefect(root: Path, *words: str) -> None:
@@ -235,7 +240,14 @@ def _end(pid: int) -> None:
 
 def _running(root: Path, name: str) -> bool:
     path = _pid_file(root, name)
-    return path.is_file() and not is_gone(path.read_text(encoding="utf-8").split()[0])
+    process = path.read_text(encoding="utf-8").split()[0] if path.is_file() else ""
+    if not process or is_gone(process):
+        return False
+    with contextlib.suppress(
+        psutil.NoSuchProcess
+    ):  # what this process started stays a zombie when it has ended
+        return psutil.Process(int(process.split(":")[1])).status() != psutil.STATUS_ZOMBIE
+    return True
 
 
 def _pid_file(root: Path, name: str) -> Path:
@@ -247,17 +259,17 @@ def _log(root: Path, name: str) -> Path:
 
 
 def main() -> None:
-    root = find_root(Path.cwd())
-    if sys.argv[1:] == ["up"]:
-        try:
+    if sys.argv[1:] not in (["up"], ["down"]):
+        sys.exit("usage: python -m flows.services up|down")
+    try:
+        root = find_root(Path.cwd())
+        if sys.argv[1] == "up":
             for name, address in up(root).items():
                 print(f"{name:8} {address}")
-        except ServiceError as error:
-            sys.exit(f"error: {error}")
-    elif sys.argv[1:] == ["down"]:
-        print(f"stopped: {', '.join(down(root)) or 'nothing, as nothing ran'}")
-    else:
-        sys.exit("usage: python -m flows.services up|down")
+        else:
+            print(f"stopped: {', '.join(down(root)) or 'nothing, as nothing ran'}")
+    except (CloneError, ServiceError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ def data() -> None:
 
 @app.command()
 def check(
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="The tree's folder.", exists=True, file_okay=False)],
+    root: Annotated[
+        Path, typer.Argument(metavar="ROOT", help="The tree's folder.", exists=True, file_okay=False)
+    ],
     splits: Annotated[
         list[str] | None,
         typer.Argument(

@@ -308,7 +308,5 @@ def _checked(raw: object, where: str) -> Params:
         return Params.model_validate(raw)
     except ValidationError as error:
         said = {"extra_forbidden": "there is no such parameter", "missing": "is missing"}
-        lines = [
-            f"  {'.'.join(map(str, e['loc']))}: {said.get(e['type'], e['msg'])}" for e in error.errors()
-        ]
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {said.get(e['type'], e['msg'])}" for e in error.errors()]
         raise ParamsError(f"{where} does not fit:\n" + "\n".join(lines)) from None

@@ -19,6 +19,7 @@ from typing import Self
 
 from PIL import Image
 
+from popen import devices
 from popen.ensemble import members
 from popen.ensemble.members import Ensemble
 from popen.ensemble.score import REWARD, Score
@@ -71,7 +72,7 @@ def write_bundle(
 
 
 def load_ensemble(folder: Path) -> tuple[Ensemble, Settings]:
-    """The ensemble of a bundle. Raises ModelError where a part is missing."""
+    """The ensemble of a bundle, on the CPU. Raises ModelError where a part is missing."""
     for name in ("settings.json", "score.json", "attention.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no whole bundle here ({name} is missing); run `make repro`")
@@ -84,18 +85,19 @@ def load_ensemble(folder: Path) -> tuple[Ensemble, Settings]:
 
 
 class Predictor:
-    """A loaded model that answers one question at a time."""
+    """A loaded model that answers one question at a time, on the GPU where there is one."""
 
     def __init__(self, folder: Path) -> None:
         """Load a bundle or a plain model folder. Raises ModelError."""
         self.ensemble: Ensemble | None = None
         self.threshold = PLAIN_THRESHOLD
         if (folder / "settings.json").is_file():
-            self.ensemble, settings = load_ensemble(folder)
+            ensemble, settings = load_ensemble(folder)
+            self.ensemble = ensemble.to(devices.device())
             self.model = self.ensemble.model
             self.threshold, self.length = settings.threshold, settings.max_new_tokens
         else:
-            self.model = Segmenter.load(folder)
+            self.model = Segmenter.load(folder).to(devices.device())
             self.length = min(PLAIN_LENGTH, self.model.room // 2)
 
     def __call__(

@@ -85,9 +85,8 @@ def test_what_cannot_be_answered_is_one_line(
 def test_what_needs_a_clone_says_so_outside_of_one(tmp_path: Path, words: tuple[str, ...]) -> None:
     done = popen(*words, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == (
-        f"popen: error: {tmp_path}: not inside a clone of the project (no .dvc folder above it); cd into one\n"
-    )
+    problem = "not inside a clone of the project (no .dvc folder above it); cd into one"
+    assert done.stderr == f"popen: error: {tmp_path}: {problem}\n"
 
 
 def test_a_folder_for_the_results_must_exist(folder: Path) -> None:

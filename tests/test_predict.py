@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from popen import devices
 from popen.ensemble.attention import RefinementAttention
+from popen.ensemble.members import Ensemble
 from popen.ensemble.score import FEATURES, Score, reward_score
 from popen.evaluation.answering import prediction
 from popen.masks import area, decode, iou
@@ -161,6 +163,27 @@ def test_a_plain_model_answers_but_makes_no_ensemble(models: Path, data: Data) -
     assert predict(image, question).text == data[1][0].answer
     with pytest.raises(ModelError, match="plain model without an ensemble; ask for one answer"):
         predict(image, question, members=2)
+
+
+def placed(model: Segmenter | Ensemble) -> set[str]:
+    """Where the weights of a model, or of all models of an ensemble, are."""
+    parts = [model.model, model.reference, model.attention] if isinstance(model, Ensemble) else [model]
+    return {weight.device.type for part in parts if part is not None for weight in part.parameters()}
+
+
+def test_the_weights_are_on_the_device_of_a_stage(
+    tmp_path: Path, models: Path, taught: Segmenter, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device without values stands for the GPU: it shows where the weights are, and can answer nothing."""
+    attention = RefinementAttention(taught.codebook.scales, taught.params.decoder.width)
+    rewarded = settings(score="reward")
+    write_bundle(tmp_path / "bundle", models / "popen", models / "sft", reward_score(), attention, rewarded)
+    monkeypatch.setattr(devices, "device", lambda: torch.device("meta"))
+    ensemble = Predictor(tmp_path / "bundle").ensemble
+    assert ensemble is not None
+    assert ensemble.reference is not None
+    assert placed(ensemble) == {"meta"}
+    assert placed(Predictor(models / "popen").model) == {"meta"}
 
 
 def test_a_question_that_leaves_no_room_for_an_answer(models: Path, data: Data) -> None:

@@ -58,7 +58,9 @@ def class_mean_swap(
         data = read(start)
         masks = model.decode(mean, model.tower(data.images), data.images, data.image_of_target)
         meant.append(_ious(masks > threshold, data.masks))
-    counted = torch.tensor([target.category in _twins(sample) for sample in asked for target in sample.targets])
+    counted = torch.tensor(
+        [target.category in _twins(sample) for sample in asked for target in sample.targets]
+    )
     iou, with_mean = (float(torch.cat(parts).cpu()[counted].mean()) for parts in (own, meant))
     return {
         "targets": float(counted.sum()),

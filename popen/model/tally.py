@@ -2,9 +2,10 @@
 from scratch).
 
 A language model reads an image by attention, which takes means, and a mean does not count: three cups look
-like one. A small language model does not learn around that; docs/experiments.md has the measurement. So a head on
-the tower finds the centre of each thing, the centres of each kind are counted and measured, and every token
-is told what was found of the kind that it shows: what all tokens of a kind say, a mean over them says too.
+like one. A small language model does not learn around that; docs/experiments.md has the measurement. So a
+head on the tower finds the centre of each thing, the centres of each kind are counted and measured, and every
+token is told what was found of the kind that it shows: what all tokens of a kind say, a mean over them says
+too.
 """
 
 from __future__ import annotations

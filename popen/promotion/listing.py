@@ -20,7 +20,9 @@ def table(client: MlflowClient) -> str:
     """A line a version, the newest first. Raises RegistryError where there is none."""
     found = registry.versions(client)
     if not found:
-        raise registry.RegistryError("no version is registered yet; `python -m flows.retraining` makes and registers one")
+        raise registry.RegistryError(
+            "no version is registered yet; `python -m flows.retraining` makes and registers one"
+        )
     names: dict[str, list[str]] = {}
     for alias, number in registry.aliases(client).items():
         names.setdefault(number, []).append(alias)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pandas import DataFrame
 
+from popen import devices
 from popen.evaluation.answering import answers, prediction
 from popen.evaluation.benchmark import rows
 from popen.evaluation.prediction import read_predictions
@@ -49,7 +50,8 @@ def challenger_rows(root: Path, params: Params, asked: Sequence[Sample]) -> Data
 def champion_rows(bundle: Path, root: Path, params: Params, asked: Sequence[Sample]) -> DataFrame:
     """Rows of a bundle's answers, asked as the stage `evaluate` asks, with the bundle's own settings."""
     data = params.data.model_copy(update={"root": str(root / params.data.root)})
-    ensemble, settings = load_ensemble(bundle)
+    loaded, settings = load_ensemble(bundle)
+    ensemble = loaded.to(devices.device())
     longest = params.evaluate.model_copy(update={"max_new_tokens": settings.max_new_tokens})
     here = params.model_copy(update={"data": data, "evaluate": longest})
     if params.gate.system == "popen":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from popen.alone import alone
@@ -168,7 +169,19 @@ def kept_parts(
 
 
 def _kept_in(run: Run, settings: Iterable[object], inputs: Iterable[Path]) -> Path:
-    key = fingerprint(run.name, run.params.seed, *settings, [digest(path) for path in inputs])
-    if run.main:
-        alone(run.home, key, lambda: run.say("another process is at the same work; waiting for its end"))
-    return run.home / ".checkpoints" / f"{run.name}-{key}"
+    """The folder of a piece of work, once no other stage is at it."""
+    work = fingerprint(run.name, run.params.seed, *settings, [digest(path) for path in inputs])
+    folder = run.home / ".checkpoints" / f"{run.name}-{fingerprint(work, _code(run.name.partition('@')[0]))}"
+    busy = "another process is at the same work; waiting for its end"
+    return alone(run.home, work, folder, lambda: run.say(busy))
+
+
+def _code(stage: str) -> list[list[str]]:
+    """The state of the code that dvc.yaml names for a stage: nothing goes on from what another one left, and
+    an edit elsewhere costs no training."""
+    project = Path(__file__).parents[2]
+    entry = yaml.safe_load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]
+    named = [project / dep for dep in entry.get("do", entry)["deps"] if dep.startswith("popen/")]
+    # of folders no compiled files, which change with every import
+    files = sorted(file for path in named for file in (path.rglob("*.py") if path.is_dir() else [path]))
+    return [[file.relative_to(project).as_posix(), digest(file)] for file in files]

@@ -195,11 +195,13 @@ def needs_hub(params: parameters.Params) -> bool:
 
 def _catch_signals() -> Handler:
     """SIGTERM becomes an exception, and the death of the `dvc` above becomes SIGTERM, for a killed
-    `dvc` would leave the stage running beside the next one. Only the main thread can do this."""
+    `dvc` would leave the stage running beside the next one; so does that of the torchrun above, which ends
+    the others when one of its processes has failed. Only the main thread can do this."""
     if threading.current_thread() is not threading.main_thread():
         return None
     handler: Handler = signal.signal(signal.SIGTERM, _terminate)
-    if pipeline.dvc_process() is not None and not end_with(os.getppid(), signal.SIGTERM):
+    waited_for = devices.count() > 1 or pipeline.dvc_process() is not None
+    if waited_for and not end_with(os.getppid(), signal.SIGTERM):
         raise Terminated
     return handler
 

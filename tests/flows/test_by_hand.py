@@ -21,7 +21,9 @@ def test_a_server_that_prefect_starts_for_the_run_is_silent(monkeypatch: pytest.
     assert by_hand(lambda: subprocess.check_output([sys.executable, "-c", LEVEL])) == b"50\n"
 
 
-@pytest.mark.parametrize("error", [GateError("gate.benchmark: muse_val is not evaluated"), StageStopped("no")])
+@pytest.mark.parametrize(
+    "error", [GateError("gate.benchmark: muse_val is not evaluated"), StageStopped("no")]
+)
 def test_what_is_written_to_be_read_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise error

@@ -55,8 +55,9 @@ Start = Callable[..., State[Any]]
 
 
 def ask(what: str, state: State[Any]) -> list[dict[str, Any]]:
-    """What the server has of a flow run: "task_runs" or "artifacts"."""
-    only = {"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}}
+    """What the server has of a flow run: "task_runs", "artifacts" or "logs"."""
+    run = {"any_": [str(state.state_details.flow_run_id)]}
+    only = {"logs": {"flow_run_id": run}} if what == "logs" else {"flow_runs": {"id": run}}
     answer = httpx.post(f"{PREFECT_API_URL.value()}/{what}/filter", json=only, timeout=60).raise_for_status()
     return list(answer.json())
 
@@ -267,23 +268,6 @@ def test_a_tracking_server_that_stays_away_stops_no_stage(
     state = start(root)
     assert state.result() == {"a": "ran"}
     assert tasks(state)["mlflow run"]["run_count"] == 5
-
-
-def test_what_one_clone_has_computed_another_restores(make: Make, start: Start, tmp_path: Path) -> None:
-    cmd = "echo {0} >> ran.here; echo {0} > {0}.txt"
-    # what depends on nothing DVC never takes from the run cache
-    root = make({n: stage(cmd.format(n), f"{n}.txt", params=["x"]) for n in "ab"}, x=1)
-    with (root / ".dvc/config").open("a") as file:
-        file.write(f"    remote = store\n['remote \"store\"']\n    url = {tmp_path / 'store'}\n")
-    commit(root)
-    other = tmp_path / "other"
-    subprocess.run(["git", "clone", "-q", str(root), str(other)], check=True)
-    assert start(root, share=True).result() == {"a": "ran", "b": "ran"}
-    state = start(other, share=True)
-    assert state.result() == {"a": "restored", "b": "restored"}
-    assert not (other / "ran.here").exists()
-    assert lock(other) == lock(root)
-    assert {"pull", "push"} <= set(tasks(state))
 
 
 def test_the_first_stages_of_this_project(start: Start, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +14,20 @@ import httpx
 import psutil
 import pytest
 
+from flows.services import PATIENCE
 from tests.flows.conftest import status
 from tests.flows.up import api, make, prefect, processes, root, slots, start, state, write_stage
 from tests.waiting import until
 
 __all__ = ["root"]  # a fixture
 WAITS = "import pathlib, time\nwhile pathlib.Path('late.here').exists():\n    time.sleep(0.1)\n"
+NO_WORKER = """
+import os, sys, time
+if "worker" in sys.orig_argv:
+    print("no worker here", flush=True)
+    time.sleep(3)
+    os._exit(1)
+"""
 HELD = "touch begun.here; while test -e hold.here; do sleep .1; done; echo {0} > a.txt"
 
 
@@ -109,6 +118,23 @@ def test_a_run_outlives_its_worker(root: Path) -> None:
     assert status(root) == {}
     later = start(root)
     until(lambda: state(later) == "Completed")
+
+
+def test_a_worker_that_does_not_start_is_told_though_the_server_has_just_heard_of_the_one_before(
+    root: Path, tmp_path: Path
+) -> None:
+    kill(*family(processes(root)["worker"]))
+    (tmp_path / "sitecustomize.py").write_text(NO_WORKER)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"
+    up, began = [sys.executable, "-m", "flows.services", "up"], time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        done = subprocess.run(up, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "the worker did not start" in done.stderr
+    assert time.monotonic() - began < PATIENCE  # its end is noticed
+    assert "no worker here" in done.stderr
+    assert set(processes(root)) == {"server", "pages"}  # what ran before goes on
 
 
 def test_a_run_that_died_with_its_worker_is_closed_at_the_next_start(root: Path) -> None:

@@ -6,12 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from popen import devices
 from popen import params as parameters
 from popen.model.segmenter import Segmenter
+from popen.params import Params
+from popen.promotion import opponent
 from popen.promotion.opponent import champion_rows
 from popen.samples import Sample
 from tests.promotion.conftest import ROOT
+from tests.test_predict import placed
+
+
+def asks(system: str) -> Params:
+    """The gate asks this system, about data in the current folder."""
+    params = parameters.load(ROOT / "params.yaml")
+    return params.model_copy(
+        update={
+            "gate": params.gate.model_copy(update={"system": system}),
+            "data": params.data.model_copy(update={"root": "."}),
+        }
+    )
 
 
 @pytest.mark.parametrize("system", ["popen", "popen+ensemble"])
@@ -19,13 +35,6 @@ def test_the_champion_answers_every_question_and_is_loaded_once(
     system: str, weights: Path, data: tuple[Path, list[Sample]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, asked = data
-    params = parameters.load(ROOT / "params.yaml")
-    params = params.model_copy(
-        update={
-            "gate": params.gate.model_copy(update={"system": system}),
-            "data": params.data.model_copy(update={"root": "."}),
-        }
-    )
     loaded, load = [], Segmenter.load
 
     def counted(folder: Path) -> Any:
@@ -33,7 +42,26 @@ def test_the_champion_answers_every_question_and_is_loaded_once(
         return load(folder)
 
     monkeypatch.setattr(Segmenter, "load", counted)
-    rows = champion_rows(weights, root, params, asked)
+    rows = champion_rows(weights, root, asks(system), asked)
     assert list(rows["uid"]) == [sample.uid for sample in asked]
     assert rows["iou"].mean() > 0.3  # it knows these questions by heart
     assert len(loaded) == 1
+
+
+@pytest.mark.parametrize(("system", "by"), [("popen", "answers"), ("popen+ensemble", "ensemble_answers")])
+def test_the_champion_answers_on_the_device_of_a_stage(
+    system: str, by: str, weights: Path, data: tuple[Path, list[Sample]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device without values stands for the GPU: it shows where the weights are, and can answer nothing."""
+
+    class Asked(Exception):
+        pass
+
+    def ask(model: Any, *_: Any) -> None:
+        assert placed(model) == {"meta"}
+        raise Asked
+
+    monkeypatch.setattr(devices, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(opponent, by, ask)
+    with pytest.raises(Asked):
+        champion_rows(weights, data[0], asks(system), data[1])

@@ -38,7 +38,7 @@ def test_lineage_and_remote_bring_the_results_back(
     uri = f"models:/{registry.NAME}/{version.version}"
     mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "version"))
     for name in registry.LINEAGE_FILES:
-        shutil.copy(tmp_path / "version/lineage" / name, later)
+        shutil.copy(tmp_path / "version/lineage" / version.tags["dvc.lock"] / name, later)
     subprocess.run(["dvc", "pull", "-q"], cwd=later, check=True)
     assert digest(later / registry.BUNDLE) == made == version.tags["bundle"]
 
