@@ -309,8 +309,8 @@ class Segmenter(nn.Module):
         """Read what `save` wrote. Raises ModelError for a missing, broken or unfitting file."""
         if not (folder / "config.json").is_file():
             raise ModelError(
-                f"{folder}: no model here (config.json is missing); run `make repro`, or name the folder of a "
-                "trained model"
+                f"{folder}: no model here (config.json is missing); run `make repro`, or name the folder of "
+                "a trained model"
             )
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
