@@ -243,9 +243,8 @@ def _running(root: Path, name: str) -> bool:
     process = path.read_text(encoding="utf-8").split()[0] if path.is_file() else ""
     if not process or is_gone(process):
         return False
-    with contextlib.suppress(
-        psutil.NoSuchProcess
-    ):  # what this process started stays a zombie when it has ended
+    with contextlib.suppress(psutil.NoSuchProcess):
+        # what this process started stays a zombie when it has ended
         return psutil.Process(int(process.split(":")[1])).status() != psutil.STATUS_ZOMBIE
     return True
 
