@@ -11,7 +11,8 @@ from typing import Any
 
 from prefect.artifacts import create_image_artifact, create_markdown_artifact
 
-from popen.tracking import runs_below, without_password
+from popen.errors import without_password
+from popen.tracking import runs_below
 
 FIGURES = ("gIoU", "cIoU", "gIoU_matched", "chair_i", "chair_s", "missing", "area_ratio", "questions")
 LARGEST = 2_000_000  # bytes of a picture that is stored with the run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 
 class ModelError(ValueError):
@@ -39,10 +40,19 @@ def explain(error: BaseException) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text, 200 characters at most; its type where there is no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an error's text, 200 characters at most and no passwords; its type where there is no
+    text."""
+    return without_password((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
 
 
 def flat(error: BaseException) -> str:
     """All lines of a library's error as one, 300 characters at most."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def without_password(text: str) -> str:
+    """A text in which no address names a password: "http://me:secret@host" -> "http://me@host".
+
+    All up to the last "@" of the word goes, for a password may hold an unquoted "/" or "@".
+    """
+    return re.sub(r"(://[^\s:/@]*):\S*@", r"\1@", text)

@@ -123,11 +123,3 @@ def is_lost(client: MlflowClient, run: str) -> bool:
         return str(client.get_run(run).info.lifecycle_stage) != "active"
     except faults() as error:
         return getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST" or is_refusal(error)
-
-
-def without_password(text: str) -> str:
-    """A text in which no address names a password: "http://me:secret@host" -> "http://me@host".
-
-    All up to the last "@" of the word goes, for a password may hold an unquoted "/" or "@".
-    """
-    return re.sub(r"(://[^\s:/@]*):\S*@", r"\1@", text)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import filelock
 
 from popen import mlflow_requests, pipeline
-from popen.errors import one_line
+from popen.errors import one_line, without_password
 from popen.mlflow_requests import (
     end_run,
     faults,
@@ -28,7 +28,6 @@ from popen.mlflow_requests import (
     is_lost,
     is_refusal,
     resumed,
-    without_password,
 )
 from popen.uploads import Task, Tries, Upload, Uploads
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from popen.mlflow_requests import without_password
+from popen.errors import one_line, without_password
 from popen.tracking import Tracker, end_parent, start_parent
 from tests.test_tracking import client, environment, home, opened, stages
 
@@ -162,6 +162,8 @@ def test_no_password_is_printed(
     )
     for text in ("http://127.0.0.1:5000", "sqlite:////home/a:b@c/mlflow.db", "http://me@host:1/x"):
         assert without_password(text) == text
+    refused = OSError("API request to http://me:secret@host/api failed")  # as flows tell it
+    assert one_line(refused) == "API request to http://me@host/api failed"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
     opened(home, "secretive").close("FINISHED")  # MLflow's own message names the address, too
     printed = capsys.readouterr().out

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from popen import params as parameters
 from popen import pipeline
 from popen.checkpoints import digest
-from popen.errors import one_line
+from popen.errors import one_line, without_password
 from popen.promotion.gate import Verdict
 from popen.stages.model_record import BUNDLE_TAG
-from popen.tracking import EXPERIMENT, tracking_uri, without_password
+from popen.tracking import EXPERIMENT, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel

@@ -19,7 +19,7 @@ BUNDLE_TAG = "bundle"  # digest of the bundle's files: finds the record of what 
 def log_model(run: Run, bundle: Path) -> None:
     """Log `bundle` as the model `popen` of the stage's run; where MLflow is away, as soon as it is back, as
     everything that a stage records. What was not recorded then, `retrain` records."""
-    run.tracker.do(lambda _client, run_id: record(run.tracker.uri, run_id, bundle))
+    run.tracker.do(lambda _client, run_id: record(run.tracker.uri, run_id, bundle), "the model")
 
 
 def record(uri: str, run_id: str, bundle: Path) -> str:

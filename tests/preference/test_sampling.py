@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_answers_that_are_cut_off_make_no_pairs(taught: Segmenter, data: Data) -
 def test_of_a_questions_answers_those_that_ended_make_the_pair(taught: Segmenter, data: Data) -> None:
     seen: list[int] = []
 
-    def watched(answers: list[Answer], sample: Sample, skip: Skip) -> tuple[str, Correction] | None:
+    def watched(answers: Sequence[Answer], sample: Sample, skip: Skip) -> tuple[str, Correction] | None:
         assert all(said.ended for said in answers)
         seen.append(len(answers))
         return rule(answers, sample, skip)
