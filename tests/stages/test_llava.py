@@ -55,7 +55,7 @@ def project(folder: Path, data: tuple[Path, list[Sample]]) -> Path:
     small = {"warmup": 0.1, "accumulate": 1, "images": 4, "checkpoint_every": 1000, "eval_every": 1000}
     params["sft"]["train"] |= small | {"steps": 200, "lr": 0.01}
     params["align"]["train"] |= small | {"steps": 3, "lr": 0.001}
-    params["text_preferences"] |= {"samples": 1, "temperature": 1.0}
+    params["text_preferences"] |= {"samples": 1, "temperature": 0.5}
     params["mask_preferences"] |= {"sigma": 1.0, "margin": 0.0, "area_ratio": 1000.0}
     params["calibrate"] |= {"thresholds": [-1.0, 0.0], "questions": 4}
     params["ensemble"] |= {"members": 2, "steps": 2}
