@@ -55,9 +55,8 @@ Start = Callable[..., State[Any]]
 
 
 def ask(what: str, state: State[Any]) -> list[dict[str, Any]]:
-    """What the server has of a flow run: "task_runs", "artifacts" or "logs"."""
-    run = {"any_": [str(state.state_details.flow_run_id)]}
-    only = {"logs": {"flow_run_id": run}} if what == "logs" else {"flow_runs": {"id": run}}
+    """What the server has of a flow run: "task_runs" or "artifacts"."""
+    only = {"flow_runs": {"id": {"any_": [str(state.state_details.flow_run_id)]}}}
     answer = httpx.post(f"{PREFECT_API_URL.value()}/{what}/filter", json=only, timeout=60).raise_for_status()
     return list(answer.json())
 
