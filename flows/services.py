@@ -8,7 +8,6 @@ Ports: `PREFECT_SERVER_API_PORT` (4200) and `MLFLOW_PORT` (5000). They listen on
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import subprocess
@@ -240,13 +239,7 @@ def _end(pid: int) -> None:
 
 def _running(root: Path, name: str) -> bool:
     path = _pid_file(root, name)
-    process = path.read_text(encoding="utf-8").split()[0] if path.is_file() else ""
-    if not process or is_gone(process):
-        return False
-    with contextlib.suppress(psutil.NoSuchProcess):
-        # what this process started stays a zombie when it has ended
-        return psutil.Process(int(process.split(":")[1])).status() != psutil.STATUS_ZOMBIE
-    return True
+    return path.is_file() and not is_gone(path.read_text(encoding="utf-8").split()[0])
 
 
 def _pid_file(root: Path, name: str) -> Path:

@@ -63,7 +63,7 @@ def is_gone(name: str) -> bool:
     """Whether the process of a `process_name` ran on this host and runs no more."""
     host, _, process = name.partition(":")
     pid, _, start = process.partition(":")
-    return host == socket.gethostname() and pid.isdigit() and _start(int(pid)) != start
+    return host == socket.gethostname() and pid.isdigit() and (_start(int(pid)) or None) != start
 
 
 def parent_file(home: Path) -> Path:
@@ -78,12 +78,13 @@ def parent_file(home: Path) -> Path:
 
 
 def _start(pid: int) -> str:
-    """Start of a process in clock ticks since boot, which no change of the clock moves; "" if gone."""
+    """Start of a process in clock ticks since boot, which no change of the clock moves; "" if gone, or ended
+    and not waited for yet (a zombie)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return ""
-    return fields[19]  # proc(5): field 22, and the text after ")" begins with field 3
+    return "" if fields[0] == "Z" else fields[19]  # proc(5): field 22; after ")" comes field 3, the state
 
 
 def git_commit(root: Path) -> str | None:

@@ -99,7 +99,7 @@ class Tracker:
         if len(self._metrics) >= _BATCH or self._tries.since() > _EVERY:
             self._send_if_due()
 
-    def do(self, task: Task, what: str = "a record") -> None:
+    def do(self, task: Task, what: str) -> None:
         """Record something of another kind, which messages call `what`: `task` gets a client and the run's
         id, now or as soon as the server answers. It may be called again where it failed."""
         self._uploads.waiting.append(Upload(what, task))

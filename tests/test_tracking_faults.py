@@ -36,7 +36,7 @@ def test_a_run_that_was_deleted_ends_no_training(home: Path, capsys: pytest.Capt
     for step in range(3):
         tracker.set_tags({"late": "yes"})
         tracker.log_metrics({"loss": 1.0}, step)
-        tracker.do(lambda client, run: client.log_text(run, "", "late.txt"))
+        tracker.do(lambda client, run: client.log_text(run, "", "late.txt"), "late.txt")
     tracker.close("FINISHED")
     printed = capsys.readouterr().out
     says = f"deleted: warning: the run {run.info.run_id} was deleted in MLflow; its records are dropped, "
@@ -60,7 +60,7 @@ def test_a_model_of_a_run_that_was_deleted_is_dropped_at_once(
     tracker, before = opened(home, "modelless"), mlflow.get_tracking_uri()
     client(home).delete_run(tracker.run_id)
     try:
-        tracker.do(record)
+        tracker.do(record, "the model")
     finally:
         mlflow.set_tracking_uri(before)
     assert "was deleted in MLflow" in capsys.readouterr().out
@@ -125,7 +125,7 @@ def test_files_that_cannot_be_stored_hold_nothing_else_up(
     tracker.log_artifact(tmp_path / "table.csv")
     tracker.do(away, "the model")
     tracker.set_tags({"late": "yes"})
-    tracker.do(lambda client, run: client.set_tag(run, "other", "yes"))
+    tracker.do(lambda client, run: client.set_tag(run, "other", "yes"), "a tag")
     tracker.log_metrics({"loss": 1.0})
     (run,) = stages(home, "blocked")
     assert run.data.tags["late"] == "yes"

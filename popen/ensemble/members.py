@@ -36,7 +36,7 @@ from popen.params import EnsembleParams
 from popen.preference.masks import noise_rectangles
 
 # Images of the members' that a GPU reads in one pass: what the language model keeps of them, twice for a
-# moment, is 16 GB for LLaVA-1.5-7B and 26 for 13B.
+# moment, is 16 GiB for LLaVA-1.5-7B and 25 for 13B (computed).
 IMAGES_AT_ONCE = 16
 
 

@@ -106,7 +106,6 @@ def test_broken_records_are_named(tmp_path: Path, changes: dict[str, Any], rule:
     assert isinstance(sound, Sample)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="file names are text there")
 def test_a_name_that_is_not_utf8_is_named_and_left_out(tmp_path: Path) -> None:
     """As of a tree that was unpacked from an archive made with Latin-1."""
     sound = write_reasonseg(tmp_path, "val")
