@@ -30,10 +30,11 @@ from flows.stage_process import run_dvc
 from popen import params as parameters
 from popen import pipeline, tracking
 from popen.promotion import challenge, opponent, registry
+from popen.stages.artifacts import CONTRACT
 from popen.stages.run import quiet
 
 MONTH = 30.0
-REPORT = Path("artifacts/contract/report.json")
+REPORT = CONTRACT / "report.json"
 SHOWN = 10  # broken rules that the page lists
 
 

@@ -11,11 +11,10 @@ import typer
 
 from popen import cli_corrections, cli_data, cli_models
 from popen.errors import explain
+from popen.stages.artifacts import BUNDLE
 
 if TYPE_CHECKING:
     from popen.evaluation.prediction import Prediction
-
-MODEL = Path("artifacts/models/popen+ensemble")
 
 app = typer.Typer(
     help="Reasoning segmentation with preference alignment: ask about an image, get words and masks.\n\n"
@@ -106,7 +105,7 @@ def predict(
     question: Annotated[
         str, typer.Argument(metavar="QUESTION", help='For example: "what would i need to eat soup?"')
     ],
-    model: Annotated[Path, typer.Option(metavar="FOLDER", help="A trained model.")] = MODEL,
+    model: Annotated[Path, typer.Option(metavar="FOLDER", help="A trained model.")] = BUNDLE,
     ensemble: Annotated[
         int, typer.Option(min=1, metavar="N", help="Members of the preference ensemble; 1: one answer.")
     ] = 1,

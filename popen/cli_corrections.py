@@ -28,7 +28,7 @@ def export() -> None:
     params = parameters.load()
 
     from popen.preference.people import FOLDER, CorrectionsError, Export
-    from popen.stages.learning import INDEX, samples
+    from popen.stages.artifacts import index, samples
     from popen.stages.text_preferences import MODEL, make
 
     if params.text_preferences.people is None:
@@ -36,7 +36,7 @@ def export() -> None:
     path = FOLDER / params.text_preferences.people.file
     if path.exists():
         raise CorrectionsError(f"{path} exists; name another file in text_preferences.people.file")
-    for needed in (MODEL, INDEX / "preference.jsonl"):
+    for needed in (MODEL, index("preference")):
         if not needed.exists():
             raise CorrectionsError(f"{needed} is not there; run `dvc repro sft` first")
     source = Export()

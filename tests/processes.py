@@ -6,9 +6,11 @@ import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +53,29 @@ def together(work: Callable[[], Any], count: int = 2, grouped: bool = True) -> l
         codes = [process.exitcode for process in started]
         assert codes == [0] * count, codes
         return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(count)]
+
+
+@contextmanager
+def at_work(
+    begin: Callable[[], Any], end: Callable[[Any], object] = lambda begun: None
+) -> Iterator[tuple[int, Event]]:
+    """Another process, which has done `begin` and does `end` with what that returned once the event is set;
+    its id and the event."""
+    fork = get_context("fork")
+    ready, leave = fork.Event(), fork.Event()
+
+    def target() -> None:
+        begun = begin()
+        ready.set()
+        leave.wait()
+        end(begun)
+
+    process = fork.Process(target=target)
+    process.start()
+    try:
+        assert ready.wait(60)
+        assert process.pid is not None
+        yield process.pid, leave
+    finally:
+        process.kill()
+        process.join()

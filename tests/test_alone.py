@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import get_context
+from contextlib import AbstractContextManager
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from threading import Timer
@@ -19,6 +17,7 @@ import psutil
 import pytest
 
 from popen.alone import alone
+from tests.processes import at_work
 
 ROOT = Path(__file__).parents[1]
 WORK, OTHER = "0123456789abcdef", "fedcba9876543210"
@@ -39,31 +38,14 @@ _catch_signals()
 """
 
 
-@contextmanager
-def at_work(home: Path) -> Iterator[tuple[int, Event]]:
+def working(home: Path) -> AbstractContextManager[tuple[int, Event]]:
     """Another process that is at WORK until the event."""
-    fork = get_context("fork")
-    ready, leave = fork.Event(), fork.Event()
-
-    def target() -> None:
-        alone(home, WORK, FOLDER, lambda: None)
-        ready.set()
-        leave.wait()
-
-    process = fork.Process(target=target)
-    process.start()
-    try:
-        assert ready.wait(60)
-        assert process.pid is not None
-        yield process.pid, leave
-    finally:
-        process.kill()
-        process.join()
+    return at_work(lambda: alone(home, WORK, FOLDER, lambda: None))
 
 
 def test_the_second_says_so_and_waits_for_the_first(tmp_path: Path) -> None:
     said = list[str]()
-    with at_work(tmp_path) as (_, leave):
+    with working(tmp_path) as (_, leave):
 
         def wait() -> None:
             said.append("waits")
@@ -75,7 +57,7 @@ def test_the_second_says_so_and_waits_for_the_first(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_is_waited_for_no_more(tmp_path: Path) -> None:
-    with at_work(tmp_path) as (other, leave):
+    with working(tmp_path) as (other, leave):
         alone(tmp_path, WORK, FOLDER, lambda: os.kill(other, signal.SIGKILL))
         assert not leave.is_set()
 
@@ -84,7 +66,7 @@ def test_other_work_and_ones_own_are_free(tmp_path: Path) -> None:
     def busy() -> None:
         pytest.fail("nobody else is at this work")
 
-    with at_work(tmp_path):
+    with working(tmp_path):
         alone(tmp_path, OTHER, FOLDER, busy)
         alone(tmp_path, OTHER, FOLDER, busy)
         (tmp_path / "clone").mkdir()
@@ -119,7 +101,7 @@ def test_the_helpers_of_a_stage_wait_with_its_main_process(tmp_path: Path) -> No
     assert launched(tmp_path).wait(240) == 0
     assert ranks(tmp_path, "done") == ["0", "1"]
     assert ranks(tmp_path, "waits") == []
-    with at_work(tmp_path) as (_, leave):
+    with working(tmp_path) as (_, leave):
         stage = launched(tmp_path)
         until_it_waits(tmp_path, stage)
         assert ranks(tmp_path, "done") == []
@@ -131,7 +113,7 @@ def test_the_helpers_of_a_stage_wait_with_its_main_process(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("killed", ["the main process", "what started it"])
 def test_helpers_that_wait_end_with_the_main_process(tmp_path: Path, killed: str) -> None:
-    with at_work(tmp_path):
+    with working(tmp_path):
         stage = launched(tmp_path)
         until_it_waits(tmp_path, stage)
         both = [psutil.Process(int((tmp_path / f"begun-{rank}").read_text())) for rank in (0, 1)]

@@ -15,6 +15,7 @@ from popen.params import Params
 from popen.promotion import opponent, registry
 from popen.promotion.card import card
 from popen.promotion.gate import Verdict, judge
+from popen.stages.artifacts import BUNDLE
 from popen.stages.model_record import record
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def challenge(root: Path, home: Path, reason: str) -> Outcome:
         params = parameters.load(root / "params.yaml")
         facts = registry.lineage(root)
         if registry.recorded(client, facts.bundle) is None:  # MLflow was away, or DVC's cache had the bundle
-            record(tracking.tracking_uri(home), run, root / registry.BUNDLE)
+            record(tracking.tracking_uri(home), run, root / BUNDLE)
         version = registry.register(client, root, facts, card(root, facts))
         outcome = _decide(client, root, params, version)
         _record(client, run, outcome, reason)

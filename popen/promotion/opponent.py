@@ -16,6 +16,7 @@ from popen.params import Params
 from popen.predict import load_ensemble
 from popen.promotion.gate import GateError
 from popen.samples import Sample, read_index
+from popen.stages.artifacts import index, predictions
 from popen.stages.systems import ensemble_answers
 
 if TYPE_CHECKING:
@@ -37,13 +38,13 @@ def check_gate(params: Params) -> None:
 
 def questions(root: Path, params: Params) -> list[Sample]:
     """The gate's questions."""
-    return list(read_index(root / f"artifacts/index/{params.gate.benchmark}.jsonl"))
+    return list(read_index(root / index(params.gate.benchmark)))
 
 
 def challenger_rows(root: Path, params: Params, asked: Sequence[Sample]) -> DataFrame:
     """Rows of what the stage `evaluate` wrote, whose questions must be those `asked`."""
     gate = params.gate
-    path = root / f"artifacts/evaluate/{gate.benchmark}/{gate.system}/predictions.jsonl.gz"
+    path = root / predictions(gate.benchmark, gate.system)
     return rows(asked, list(read_predictions(path)))
 
 

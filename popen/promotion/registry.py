@@ -20,6 +20,7 @@ from popen import pipeline
 from popen.checkpoints import digest
 from popen.errors import one_line, without_password
 from popen.promotion.gate import Verdict
+from popen.stages.artifacts import BUNDLE
 from popen.stages.model_record import BUNDLE_TAG
 from popen.tracking import EXPERIMENT, tracking_uri
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 NAME = "popen"
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 LOCK, GATE, ROLLED_BACK = "dvc.lock", "gate", "rolled_back"  # tags of a version
-BUNDLE = Path("artifacts/models/popen+ensemble")
 LINEAGE_FILES = ("dvc.lock", "data.dvc", "params.yaml")  # copied beside the model, see `facts_folder`
 _WRITTEN = ("dvc.lock", "data.dvc", "metrics")  # tracked files that a run changes
 _MOVE = "move"  # tag of the registered model: aliases that are on their way

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from popen.stages.artifacts import MODELS, PREFERENCES, TEXT_PAIRS
 from popen.stages.run import stage
 
 FROM_TO = {"coarse": ("sft", "coarse"), "fine": ("coarse", "popen")}
@@ -15,7 +16,7 @@ def main(part: str) -> None:
         from popen.model.segmenter import Segmenter
         from popen.preference.alignment import align_loss, collate
         from popen.preference.records import MaskPairs, read_text_pairs
-        from popen.stages.learning import MODELS, PREFERENCES, TEXT_PAIRS, fit, pair_plan
+        from popen.stages.learning import fit, pair_plan
 
         params, masks = run.params, PREFERENCES / f"masks_{part}"
         start, out = (MODELS / name for name in FROM_TO[part])

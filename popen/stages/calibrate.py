@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from popen.stages.artifacts import BUNDLE, CURVES, MODELS, THRESHOLDS, index, samples
 from popen.stages.run import Run, stage
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Shared:
     ) -> list[T]:
         """What `make` returns for each of `numbers`. `inputs` and `settings` decide it (see `kept_parts`)."""
         from popen.parts import in_batches
-        from popen.stages.learning import kept_parts
+        from popen.stages.kept import kept_parts
 
         settings = [name, *settings, self._run.params.evaluate.max_new_tokens]
         parts: Parts[T] = kept_parts(self._run, inputs, settings, _write, _read, self._cores)
@@ -224,14 +225,13 @@ def compared(asked: Sequence[Sample], found: Sequence[tuple[int, str, Prediction
 def choose_thresholds(run: Run, shared: Shared, asked: Sequence[Sample]) -> dict[str, float]:
     """Each plain system's threshold, by its greedy answers to validation questions."""
     from popen import devices
-    from popen.stages.learning import INDEX, MODELS
     from popen.stages.systems import PLAIN, answerer, load_plain
 
     params, size = run.params, run.params.evaluate.batch
     thresholds = {}
     for name in PLAIN:
         answer = answerer(load_plain(name, devices.device()), params, asked)
-        inputs, settings = [MODELS / name, INDEX / "val.jsonl"], [params.calibrate.questions, size]
+        inputs, settings = [MODELS / name, index("val")], [params.calibrate.questions, size]
         found = shared(name, inputs, settings, range(0, len(asked), size), answer)
         level, value = best_threshold(found, params.calibrate.thresholds)
         thresholds[name] = level
@@ -245,12 +245,11 @@ def fit_score(model: Segmenter, run: Run, shared: Shared, asked: Sequence[Sample
     import numpy as np
 
     from popen.ensemble.score import correlation, fit
-    from popen.stages.learning import INDEX, MODELS
 
     params, size = run.params, run.params.evaluate.batch
     figures = shared(
         "score",
-        [MODELS / "popen", INDEX / "val.jsonl"],
+        [MODELS / "popen", index("val")],
         [params.calibrate.questions, size, params.ensemble, threshold],
         range(0, len(asked), size),
         lambda start: member_figures(model, run, asked, threshold, start),
@@ -270,9 +269,9 @@ def main() -> None:
         from popen.ensemble.members import Ensemble
         from popen.ensemble.score import reward_score
         from popen.predict import Settings, write_bundle
-        from popen.stages.learning import INDEX, MODELS, pair_plan, samples
+        from popen.stages.learning import pair_plan
         from popen.stages.model_record import log_model
-        from popen.stages.systems import BUNDLE, THRESHOLDS, load_plain
+        from popen.stages.systems import load_plain
 
         shared = Shared(run, devices.cores())
         params, device, size = run.params, devices.device(), run.params.evaluate.batch
@@ -293,12 +292,12 @@ def main() -> None:
 
         before = None if reference is None else MODELS / "sft"
         batches = range(min(ATTENTION_BATCHES, params.ensemble.steps))
-        inputs = [MODELS / "popen", *filter(None, [before]), INDEX / "preference.jsonl"]
+        inputs = [MODELS / "popen", *filter(None, [before]), index("preference")]
         seen = shared("attention", inputs, [params.ensemble, threshold, score.to_dict()], batches, see)
         attention = train_attention(model, run, seen)
         settings = Settings(threshold, params.evaluate.max_new_tokens, params.ensemble)
         write_bundle(BUNDLE, MODELS / "popen", before, score, attention, settings)
-        run.curves(Path("artifacts/curves/calibrate.csv"))
+        run.curves(CURVES / "calibrate.csv")
 
         ensemble = Ensemble(model, reference, score, attention, params.ensemble, threshold)
         # the longest first, so that the cores end at about the same time
@@ -306,7 +305,7 @@ def main() -> None:
         tries = list(product(sizes, range(0, len(asked), size)))
         answered = shared(
             "members",
-            [BUNDLE, INDEX / "val.jsonl"],
+            [BUNDLE, index("val")],
             [params.calibrate.questions, size],
             range(len(tries)),
             lambda number: tried(ensemble, run, asked, *tries[number]),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from popen.stages.artifacts import MODELS, TEXT_PAIRS
 from popen.stages.run import stage
 
-MODEL, OUT = Path("artifacts/models/sft"), Path("artifacts/models/chosen")
+MODEL, OUT = MODELS / "sft", MODELS / "chosen"
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
         from popen.model.segmenter import Segmenter
         from popen.preference.alignment import collate_chosen
         from popen.preference.records import read_text_pairs
-        from popen.stages.learning import TEXT_PAIRS, both_stages, fit, pair_plan
+        from popen.stages.learning import both_stages, fit, pair_plan
 
         params = run.params
         model = Segmenter.load(MODEL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from popen.stages.artifacts import samples, threshold
 from popen.stages.run import stage
 
 OUT = Path("metrics/class_swap.json")
@@ -14,8 +15,7 @@ def main() -> None:
     with stage("class_swap") as run:
         from popen import devices
         from popen.evaluation.swap import class_mean_swap
-        from popen.stages.learning import samples
-        from popen.stages.systems import load_plain, threshold
+        from popen.stages.systems import load_plain
 
         params = run.params
         asked = [sample for name in params.benchmarks if name.startswith("muse_") for sample in samples(name)]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from popen.stages.artifacts import MODELS, index, samples
 from popen.stages.run import stage
 
-MODEL, OUT = Path("artifacts/models/sft"), Path("artifacts/models/control")
+MODEL, OUT = MODELS / "sft", MODELS / "control"
 
 
 def main() -> None:
@@ -16,7 +15,7 @@ def main() -> None:
         from popen.model.batches import Batch
         from popen.model.losses import sft_loss
         from popen.model.segmenter import Segmenter
-        from popen.stages.learning import INDEX, both_stages, fit, image_plan, samples, sft_collate
+        from popen.stages.learning import both_stages, fit, image_plan, sft_collate
 
         params = run.params
         model = Segmenter.load(MODEL)
@@ -35,7 +34,7 @@ def main() -> None:
             sft_collate(model, run, train.questions, auxiliary=False),
             loss,
             None,
-            [MODEL, INDEX / "train.jsonl"],
+            [MODEL, index("train")],
             [params.sft.loss],
             lambda: model.save(OUT),
         )

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from popen.stages.artifacts import MODELS, index, predictions, samples, threshold
 from popen.stages.run import stage
 
 
@@ -21,12 +22,12 @@ def main(benchmark: str, system: str) -> None:
         from popen.evaluation.teacher_forced import figures, overlaps, read_overlaps, write_overlaps
         from popen.model.segmenter import Segmenter
         from popen.parts import in_batches
-        from popen.stages.learning import INDEX, MODELS, kept_parts, samples
-        from popen.stages.systems import answerer, load, threshold
+        from popen.stages.kept import kept_parts
+        from popen.stages.systems import answerer, load
 
         cores = devices.cores()
         params, asked, level = run.params, samples(benchmark), threshold(system)
-        inputs = [MODELS / system, INDEX / f"{benchmark}.jsonl"]
+        inputs = [MODELS / system, index(benchmark)]
         parts = kept_parts(
             run,
             inputs,
@@ -57,7 +58,7 @@ def main(benchmark: str, system: str) -> None:
             forced = figures(list(again))
         if not run.main:
             return
-        write_predictions(Path("artifacts/evaluate") / benchmark / system / "predictions.jsonl.gz", found)
+        write_predictions(predictions(benchmark, system), found)
         table = rows(asked, found)
         summary = summarise(table) | per_target(table) | forced
         out = Path("metrics") / benchmark / f"{system}.json"

@@ -1,4 +1,4 @@
-"""What the training stages share: their inputs, their batches, and what surrounds the training loop."""
+"""What the training stages share: their batches, and what surrounds the training loop."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from popen.alone import alone
-from popen.checkpoints import Checkpoints, digest, fingerprint
 from popen.data import refcoco
 from popen.data.images import open_image
 from popen.data.plan import Plan
@@ -23,27 +20,18 @@ from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
 from popen.optim import Slow
 from popen.params import TrainParams
-from popen.parts import Parts
-from popen.preference.records import TextPair
-from popen.samples import Sample, read_index
+from popen.samples import Sample
+from popen.stages.artifacts import CURVES
+from popen.stages.kept import kept_steps
 from popen.stages.run import Run
 
 if TYPE_CHECKING:
+    from popen.preference.records import TextPair
     from popen.training import Loss
 
-Pair = TypeVar("Pair", Sample, TextPair)
-T = TypeVar("T")
+Pair = TypeVar("Pair", Sample, "TextPair")
 
-INDEX = Path("artifacts/index")
-MODELS = Path("artifacts/models")
-PREFERENCES = Path("artifacts/preferences")
-TEXT_PAIRS = PREFERENCES / "text.jsonl"
 HELD_OUT = 48  # images of a kind of benchmark that validation looks at
-
-
-def samples(role: str) -> list[Sample]:
-    """The validated samples of a role."""
-    return list(read_index(INDEX / f"{role}.jsonl"))
 
 
 def sample_row(sample: Sample, image: int) -> Row:
@@ -148,40 +136,9 @@ def fit(
     """
     from popen.training import train  # with what shards models: seconds that `evaluate` need not wait
 
-    checkpoints = Checkpoints(_kept_in(run, [params, *settings], inputs))
+    checkpoints = kept_steps(run, inputs, [params, *settings])
     train(model, params, item, collate, loss, run.log_metrics, checkpoints, run.name, evaluate, slow)
-    run.curves(Path("artifacts/curves") / f"{run.name.replace('@', '_')}.csv")
+    run.curves(CURVES / f"{run.name.replace('@', '_')}.csv")
     if run.main:
         save()
         checkpoints.clear()
-
-
-def kept_parts(
-    run: Run,
-    inputs: Iterable[Path],
-    settings: Iterable[object],
-    write: Callable[[Path, list[T]], object],
-    read: Callable[[Path], Iterable[T]],
-    cores: int = 1,
-) -> Parts[T]:
-    """Where a stage keeps the batches that are done; `inputs` and `settings` as for `fit`."""
-    return Parts(_kept_in(run, settings, inputs), write, read, cores)
-
-
-def _kept_in(run: Run, settings: Iterable[object], inputs: Iterable[Path]) -> Path:
-    """The folder of a piece of work, once no other stage is at it."""
-    work = fingerprint(run.name, run.params.seed, *settings, [digest(path) for path in inputs])
-    folder = run.home / ".checkpoints" / f"{run.name}-{fingerprint(work, _code(run.name.partition('@')[0]))}"
-    busy = "another process is at the same work; waiting for its end"
-    return alone(run.home, work, folder, lambda: run.say(busy))
-
-
-def _code(stage: str) -> list[list[str]]:
-    """The state of the code that dvc.yaml names for a stage: nothing goes on from what another one left, and
-    an edit elsewhere costs no training."""
-    project = Path(__file__).parents[2]
-    entry = yaml.safe_load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]
-    named = [project / dep for dep in entry.get("do", entry)["deps"] if dep.startswith("popen/")]
-    # of folders no compiled files, which change with every import
-    files = sorted(file for path in named for file in (path.rglob("*.py") if path.is_dir() else [path]))
-    return [[file.relative_to(project).as_posix(), digest(file)] for file in files]

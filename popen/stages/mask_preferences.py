@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from popen.stages.artifacts import MODELS, PREFERENCES, TEXT_PAIRS
 from popen.stages.run import stage
 
-MODEL, OUT = Path("artifacts/models/sft"), Path("artifacts/preferences")
-TEXT = OUT / "text.jsonl"
+MODEL = MODELS / "sft"
 
 
 def main() -> None:
@@ -16,12 +16,14 @@ def main() -> None:
         from popen.model.segmenter import Segmenter
         from popen.preference.records import read_text_pairs
         from popen.preference.sampling import mask_pairs, read_mask_pairs, write_mask_pairs
-        from popen.stages.learning import kept_parts
+        from popen.stages.kept import kept_parts
 
         params = run.params
         settings = [params.mask_preferences, params.evaluate.batch]
-        parts = kept_parts(run, [MODEL, TEXT], settings, write_mask_pairs, read_mask_pairs, devices.cores())
-        texts = list(read_text_pairs(TEXT))
+        parts = kept_parts(
+            run, [MODEL, TEXT_PAIRS], settings, write_mask_pairs, read_mask_pairs, devices.cores()
+        )
+        texts = list(read_text_pairs(TEXT_PAIRS))
         found = mask_pairs(
             Segmenter.load(MODEL).to(devices.device()),
             Path(params.data.root),
@@ -34,7 +36,7 @@ def main() -> None:
         )
         targets = sum(len(text.targets) for text in texts)
         for part, pairs in found.items():
-            pairs.save(OUT / f"masks_{part}")
+            pairs.save(PREFERENCES / f"masks_{part}")
             winner, loser, clean = pairs.ious.mean(0).tolist()
             run.log_metrics(
                 {

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from popen.stages.artifacts import VISION, index, samples
 from popen.stages.run import Run, stage
-
-OUT = Path("artifacts/vision")
 
 
 def pretrain(run: Run) -> None:
@@ -28,7 +27,7 @@ def pretrain(run: Run) -> None:
     )
     from popen.model.tally import centre_labels, centre_loss, count_accuracy
     from popen.samples import Sample
-    from popen.stages.learning import INDEX, fit, image_plan, samples
+    from popen.stages.learning import fit, image_plan
 
     params, train_samples = run.params, samples("train")
     categories = categories_of(train_samples)
@@ -71,7 +70,7 @@ def pretrain(run: Run) -> None:
         }
 
     plan = image_plan(annotated, params.pretrain_vision.questions, params.seed)
-    inputs = [INDEX / "train.jsonl", INDEX / "val.jsonl"]
+    inputs = [index("train"), index("val")]
     fit(
         run,
         model,
@@ -82,17 +81,17 @@ def pretrain(run: Run) -> None:
         evaluate,
         inputs,
         [params.model],
-        lambda: save_file(model.shared(), OUT / "model.safetensors"),
+        lambda: save_file(model.shared(), VISION / "model.safetensors"),
     )
 
 
 def main() -> None:
     with stage("pretrain_vision") as run:
-        OUT.mkdir(parents=True, exist_ok=True)
+        VISION.mkdir(parents=True, exist_ok=True)
         if run.params.model.vision.untrained:
             pretrain(run)
         else:
-            (OUT / "skipped.txt").write_text(
+            (VISION / "skipped.txt").write_text(
                 f"the tower {run.params.model.vision.name} has weights of its own\n"
             )
 

@@ -19,6 +19,7 @@ from popen.evaluation.prediction import EvaluationError, Prediction, read_predic
 from popen.masks import decode
 from popen.params import Params
 from popen.samples import Sample, read_index
+from popen.stages import artifacts
 from popen.stages.run import stage
 
 POOLED = "all_muse_test"  # the two MUSE test sets as one: the questions of the claims
@@ -47,11 +48,11 @@ def collect(root: Path, benchmarks: list[str], systems: list[str]) -> Evaluated:
     """Read questions, predictions and figures below the project's root; adds the pooled MUSE test set."""
     found = Evaluated()
     for name in tqdm(benchmarks, desc="reading predictions", unit="benchmark"):
-        samples = list(read_index(_there(root / f"artifacts/index/{name}.jsonl", "validate")))
+        samples = list(read_index(_there(root / artifacts.index(name), "validate")))
         found.samples |= {sample.uid: sample for sample in samples}
         found.rows[name], found.figures[name] = {}, {}
         for system in systems:
-            path = _there(root / f"artifacts/evaluate/{name}/{system}/predictions.jsonl.gz", "evaluate")
+            path = _there(root / artifacts.predictions(name, system), "evaluate")
             predictions = list(read_predictions(path))
             found.predictions.setdefault(system, {}).update({p.uid: p for p in predictions})
             found.rows[name][system] = benchmark.rows(samples, predictions)
@@ -82,7 +83,7 @@ def write_plots(root: Path, found: Evaluated, resamples: int, seed: int) -> Iter
         "iou_histograms": plots.iou_histograms(found.rows),
         "area_ratio": plots.area_ratio(found.rows),
     }
-    series = read_curves(root / "artifacts/curves")
+    series = read_curves(root / artifacts.CURVES)
     long = {stage: frame for stage, frame in series.items() if stage in LONG}
     short = {stage: frame for stage, frame in series.items() if stage not in LONG}
     for title, part in (("training", long), ("alignment", short)):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from popen import devices
 from popen.params import Params
+from popen.stages.artifacts import MODELS, VISION, index, samples
 from popen.stages.run import stage
 
-VISION, OUT = Path("artifacts/vision"), Path("artifacts/models/sft")
+OUT = MODELS / "sft"
 
 
 def usual(params: Params) -> int:
@@ -27,7 +26,7 @@ def main() -> None:
         from popen.model.language import PROMPT, load_tokenizer, train_tokenizer
         from popen.model.losses import sft_loss
         from popen.model.segmenter import Segmenter
-        from popen.stages.learning import INDEX, fit, image_plan, samples, sft_collate, validation
+        from popen.stages.learning import fit, image_plan, sft_collate, validation
 
         params, train_samples = run.params, samples("train")
         if params.model.language.name == "custom":
@@ -57,7 +56,7 @@ def main() -> None:
             sft_collate(model, run, params.sft.masks, auxiliary=True),
             loss,
             validation(model, run, samples("val")),
-            [VISION, INDEX / "train.jsonl", INDEX / "val.jsonl"],
+            [VISION, index("train"), index("val")],
             [params.model, params.sft],
             lambda: model.save(OUT),
             (model.tower, params.sft.vision),

@@ -1,8 +1,7 @@
-"""Where each system's model lies, and how a system answers."""
+"""Loading the systems that are compared, and how a system answers."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,16 +16,9 @@ from popen.model.segmenter import Segmenter
 from popen.params import Params
 from popen.predict import load_ensemble
 from popen.samples import Sample
-from popen.stages.learning import MODELS
+from popen.stages.artifacts import BUNDLE, MODELS
 
 PLAIN = ("sft", "control", "chosen", "popen")  # systems that are one model
-BUNDLE = MODELS / "popen+ensemble"
-THRESHOLDS = Path("artifacts/thresholds.json")
-
-
-def threshold(system: str) -> float:
-    """The mask threshold (a logit) that `calibrate` chose for a system on validation."""
-    return float(json.loads(THRESHOLDS.read_text(encoding="utf-8"))[system.removesuffix("+ensemble")])
 
 
 def ensemble_batch(

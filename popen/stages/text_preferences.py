@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from popen.params import Params
+from popen.stages.artifacts import MODELS, PREFERENCES, TEXT_PAIRS, index, samples
 from popen.stages.run import stage
 
 if TYPE_CHECKING:
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
     from popen.preference.sources import Source
     from popen.samples import Sample
 
-MODEL, OUT = Path("artifacts/models/sft"), Path("artifacts/preferences/text.jsonl")
-SKIPPED = OUT.with_name("skipped.jsonl")
+MODEL, SKIPPED = MODELS / "sft", PREFERENCES / "skipped.jsonl"
 
 
 def main() -> None:
@@ -25,11 +25,11 @@ def main() -> None:
         from popen.preference.people import FOLDER
         from popen.preference.records import read_records, write_records, write_skipped, write_text_pairs
         from popen.preference.sampling import PairsError
-        from popen.stages.learning import INDEX, kept_parts, samples
+        from popen.stages.kept import kept_parts
 
         params, asked = run.params, samples("preference")
         settings = [params.text_preferences, params.evaluate.batch, params.evaluate.max_new_tokens]
-        inputs = [MODEL, INDEX / "preference.jsonl", *[FOLDER] * (params.text_preferences.source == "people")]
+        inputs = [MODEL, index("preference"), *[FOLDER] * (params.text_preferences.source == "people")]
         # a judge's requests wait for its endpoint, not for this machine, and share one budget
         cores = devices.cores() if params.text_preferences.source == "rule" else 1
         parts = kept_parts(run, inputs, settings, write_records, read_records, cores)
@@ -41,7 +41,7 @@ def main() -> None:
                 f"text_preferences: none of {len(asked)} questions has a corrected answer; of the first one:"
                 f" {skipped[0].reason}"
             )
-        write_text_pairs(OUT, pairs)
+        write_text_pairs(TEXT_PAIRS, pairs)
         write_skipped(SKIPPED, skipped)
         if skipped:
             run.say(f"{len(skipped)} answers have no correction, {SKIPPED} says why")

@@ -15,9 +15,8 @@ from pathlib import Path
 from popen.data.contract import ContractError, Report, validate
 from popen.data.contract_page import render
 from popen.samples import write_index
+from popen.stages.artifacts import CONTRACT, index
 from popen.stages.run import stage
-
-INDEX, CONTRACT = Path("artifacts/index"), Path("artifacts/contract")
 
 
 def main() -> None:
@@ -32,7 +31,7 @@ def main() -> None:
         write_report(CONTRACT, report)
         run.log_artifact(CONTRACT)
         for role, samples in report.samples.items():
-            write_index(INDEX / f"{role}.jsonl", samples)
+            write_index(index(role), samples)
         run.log_metrics(
             {
                 "records": report.records,

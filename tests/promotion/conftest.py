@@ -15,7 +15,8 @@ from mlflow.tracking import MlflowClient
 from popen.ensemble.attention import RefinementAttention
 from popen.model.segmenter import Segmenter
 from popen.predict import write_bundle
-from popen.promotion.registry import BUNDLE, NAME, connect
+from popen.promotion.registry import NAME, connect
+from popen.stages.artifacts import BUNDLE
 from popen.stages.model_record import record
 from tests.test_predict import SCORE, settings
 

@@ -15,7 +15,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from popen.promotion import registry
-from popen.promotion.registry import BUNDLE, RegistryError, aliases, versions
+from popen.promotion.registry import RegistryError, aliases, versions
+from popen.stages.artifacts import BUNDLE
 from popen.stages.model_record import record
 from tests.flows.conftest import Make, stage, status
 from tests.flows.test_pipeline import DIAMOND

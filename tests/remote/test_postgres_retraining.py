@@ -15,6 +15,7 @@ import pytest
 from popen import tracking
 from popen.checkpoints import digest
 from popen.promotion import registry
+from popen.stages.artifacts import BUNDLE
 from tests.flows.test_retraining import Data, project, write
 from tests.remote.conftest import ROOT, Team
 from tests.remote.test_postgres import AWAY
@@ -68,7 +69,7 @@ def test_postgres_restarted_while_a_stage_works_and_while_the_champion_answers(
     second = registry.version(client, registry.CHAMPION)
     assert second is not None
     assert len(registry.versions(client)) == 2
-    assert second.tags["bundle"] == digest(project / registry.BUNDLE) != first.tags["bundle"]
+    assert second.tags["bundle"] == digest(project / BUNDLE) != first.tags["bundle"]
     assert second.tags["data"] != first.tags["data"]
     assert set(registry.lineage(project).tags()) <= set(second.tags)
     assert mlflow.pyfunc.load_model(f"models:/{registry.NAME}@{registry.CHAMPION}")

@@ -12,6 +12,7 @@ import pytest
 from flows.retraining import retrain
 from popen.checkpoints import digest
 from popen.promotion import registry
+from popen.stages.artifacts import BUNDLE
 from tests.flows.test_retraining import prefect, project
 
 __all__ = ["prefect", "project"]  # fixtures
@@ -26,7 +27,7 @@ def test_lineage_and_remote_bring_the_results_back(
     for command in words:
         subprocess.run(command, cwd=project, check=True)
     assert retrain(share=True).startswith("Version 1 is the champion.")
-    made = digest(project / registry.BUNDLE)
+    made = digest(project / BUNDLE)
     for folder in ("artifacts", ".dvc/cache"):
         shutil.rmtree(project / folder)
 
@@ -40,7 +41,7 @@ def test_lineage_and_remote_bring_the_results_back(
     for name in registry.LINEAGE_FILES:
         shutil.copy(tmp_path / "version/lineage" / version.tags["dvc.lock"] / name, later)
     subprocess.run(["dvc", "pull", "-q"], cwd=later, check=True)
-    assert digest(later / registry.BUNDLE) == made == version.tags["bundle"]
+    assert digest(later / BUNDLE) == made == version.tags["bundle"]
 
     # with an empty database of MLflow's in place of a lost one; the files come from the remote
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'new.db'}")

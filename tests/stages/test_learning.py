@@ -5,14 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
-from multiprocessing import get_context
 from pathlib import Path
-from threading import Timer
 from typing import Any
 
 import pytest
@@ -21,14 +16,11 @@ from torch import nn
 
 from popen.model.losses import cross_entropy
 from popen.params import TrainParams
-from popen.parts import in_batches
 from popen.samples import Sample
-from popen.stages import learning
 from popen.stages.learning import (
     both_stages,
     fit,
     image_plan,
-    kept_parts,
     pair_plan,
     sample_row,
     sft_collate,
@@ -37,9 +29,6 @@ from popen.stages.learning import (
 from popen.stages.run import Run
 from tests import test_training as toys
 from tests.conftest import WEIGHTS
-from tests.processes import together
-from tests.test_parts import EXPECTED, NUMBERS, kept, tens
-from tests.waiting import free_port
 
 PARAMS = toys.PARAMS.model_copy(update={"steps": 12, "checkpoint_every": 5})
 
@@ -96,131 +85,6 @@ def test_a_result_that_cannot_be_saved_costs_no_training(run: Run) -> None:
     straight = toys.toy()
     start(run, straight, saves(straight))
     assert toys.equal(toys.state(resumed), toys.state(straight))
-
-
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the package's code, for a stage whose code changes."""
-    source = Path(learning.__file__).parents[1]
-    copied = shutil.copytree(source, tmp_path / "code/popen")
-    shutil.copy(source.parent / "dvc.yaml", tmp_path / "code")
-    monkeypatch.setattr(learning, "__file__", str(copied / "stages/learning.py"))
-    return copied
-
-
-@pytest.mark.parametrize("changed", ["input", "parameter", "settings", "seed", "code"])
-def test_another_configuration_starts_anew(run: Run, package: Path, changed: str) -> None:
-    with pytest.raises(toys.Interrupted):
-        start(run, toys.toy(), lambda: None, toys.interrupted(8 * PARAMS.images))
-    assert checkpoints() == ["step-00000005"]
-    asked: list[int] = []
-
-    def watch(index: int) -> Any:
-        asked.append(index)
-        return toys.item(index)
-
-    params, settings = PARAMS, WEIGHTS
-    if changed == "input":
-        Path("input").write_text("other data")
-    elif changed == "parameter":
-        params = PARAMS.model_copy(update={"lr": 0.01})
-    elif changed == "settings":
-        settings = WEIGHTS.model_copy(update={"ce": 2.0})
-    elif changed == "code":
-        losses = package / "model/losses.py"
-        losses.write_text(losses.read_text() + "\n# what made it diverge is mended\n")
-    else:
-        run.params = run.params.model_copy(update={"seed": 5})
-    model = toys.toy()
-    fit(run, model, params, watch, toys.collate, toys.loss, None, [Path("input")], [settings], saves(model))
-    assert min(asked) == 0
-
-
-def test_batches_of_other_code_are_not_mixed_with(run: Run, package: Path) -> None:
-    def told(make: Callable[[int], Iterator[int]]) -> list[int]:
-        parts = kept_parts(run, [Path("input")], [], kept(Path()).write, kept(Path()).read)
-        return list(in_batches(NUMBERS, make, "test", parts))
-
-    def killed(number: int) -> Iterator[int]:
-        if number == NUMBERS[3]:
-            raise toys.Interrupted
-        return iter([-number])  # what the old code makes of it
-
-    with pytest.raises(toys.Interrupted):
-        told(killed)
-    (package / "model/__pycache__").mkdir(exist_ok=True)
-    (package / "model/__pycache__/look.cpython-311.pyc").write_bytes(b"compiled anew")  # which is no edit
-    (package / "cli.py").write_text("# not the stage's code\n")
-    old = [-number for number in NUMBERS[:3]]
-    assert told(tens)[:3] == old
-    (package / "masks.py").write_text("# other code\n")
-    assert told(tens) == EXPECTED
-
-
-@contextmanager
-def at_work(start: Callable[[], Any], leave_after: float) -> Iterator[Callable[[], bool]]:
-    """Another process of one stage, which has come to a piece of work with `start` and leaves it later;
-    whether it has left."""
-    fork = get_context("fork")
-    ready, leave = fork.Event(), fork.Event()
-
-    def target() -> None:
-        begun = start()
-        ready.set()
-        leave.wait()
-        begun.clear()
-
-    process = fork.Process(target=target)
-    process.start()
-    try:
-        assert ready.wait(60)
-        Timer(leave_after, leave.set).start()
-        yield leave.is_set
-    finally:
-        process.kill()
-        process.join()
-
-
-def test_two_processes_share_batches_behind_a_stage_that_removes_its_own(run: Run) -> None:
-    """The helper once worked beside the other stage, which then removed its batches: the main process waited
-    for them for good."""
-
-    def start() -> Any:
-        parts = kept_parts(run, [Path("input")], [], kept(Path()).write, kept(Path()).read)
-        parts.save(NUMBERS[0], list(tens(NUMBERS[0])))
-        return parts
-
-    with at_work(start, 1.0) as left:
-
-        def work() -> tuple[bool, list[int]]:
-            signal.alarm(120)  # rather than hang
-            parts = kept_parts(run, [Path("input")], [], kept(Path()).write, kept(Path()).read)
-            return left(), list(in_batches(NUMBERS, tens, "test", parts))
-
-        assert together(work, grouped=False) == [(True, EXPECTED), (True, [])]
-
-
-def test_two_processes_wait_for_another_training_longer_than_for_each_other(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        torch.distributed.distributed_c10d, "default_pg_timeout", timedelta(seconds=2)
-    )  # of half an hour
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    key = (run, [PARAMS, WEIGHTS], [Path("input")])
-    with at_work(lambda: learning.Checkpoints(learning._kept_in(*key)), 5.0) as left:
-
-        def work() -> bool:
-            signal.alarm(120)
-            run.main = os.environ["RANK"] == "0"
-            model = toys.toy(0.0)
-            start(run, model, saves(model))
-            return left()
-
-        assert together(work, grouped=False) == [True, True]
-    assert Path("result").exists()
-    assert checkpoints() == []
 
 
 def test_controls_get_the_steps_of_both_stages() -> None:
