@@ -16,12 +16,13 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help repro quick test lint format clean ui up down lock samples
+.PHONY: help repro quick test test-all lint format clean ui up down lock samples
 
 help:
 	@echo "make repro    train, align, benchmark and report (only what changed)"
 	@echo "make quick    the same in little, a sixth of the training: a first look on a slow machine"
-	@echo "make test     the tests"
+	@echo "make test     the tests, but for those that kill servers or train in several processes"
+	@echo "make test-all all tests"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   put the code into ruff's format"
 	@echo "make ui       MLflow's pages on http://127.0.0.1:5000"
@@ -39,8 +40,13 @@ quick: $(READY)
 	dvc exp run -S scale=quick
 
 # One thread a worker, and one worker more than cores, four at most: much of the time servers are waited for.
+PYTEST := OMP_NUM_THREADS=1 pytest -n $$(( $$(nproc) < 4 ? $$(nproc) + 1 : 4 )) --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	OMP_NUM_THREADS=1 pytest -n $$(( $$(nproc) < 4 ? $$(nproc) + 1 : 4 )) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-all: $(READY)
+	$(PYTEST)
 
 lint: $(READY)
 	ruff check .

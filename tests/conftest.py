@@ -28,8 +28,10 @@ WEIGHTS = SftWeights(ce=1.0, bce=2.0, dice=0.5, refine=1.0, dense=0.0, describe=
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that wait for servers and pipelines come first: the quick ones fill the gaps behind them."""
-    items.sort(key=lambda item: item.path.parent.name not in ("remote", "flows", "pipeline"))
+    """The pipeline, the longest file, comes first, then those that wait for servers: the quick ones fill the
+    gaps behind them."""
+    early = ("pipeline", "flows", "remote")
+    items.sort(key=lambda item: early.index(name) if (name := item.path.parent.name) in early else len(early))
 
 
 def mini_params() -> ModelParams:

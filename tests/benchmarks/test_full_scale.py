@@ -20,6 +20,8 @@ from popen.ensemble.score import FEATURES, Score
 from popen.params import load
 from popen.preference.alignment import align_loss, collate
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -14,7 +14,7 @@ from tests.flows.conftest import Make, lock, stage, status
 from tests.flows.test_pipeline import Start, names, start, tasks
 
 __all__ = ["start"]  # a fixture
-pytestmark = pytest.mark.usefixtures("server")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 FILL = "cat /dev/zero > fill.here 2> /dev/null; true"
 REMEDY = "The disk is full, free space and start the run again"
 

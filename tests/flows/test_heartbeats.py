@@ -20,6 +20,8 @@ from tests.flows.up import api, processes, root, slots, start, state, write_stag
 from tests.remote.servers import running
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["root"]  # a fixture
 BEAT, SILENCE = 30, 40  # seconds; Prefect sends no more often
 

@@ -23,7 +23,7 @@ from tests.flows.test_pipeline import Start, start, tasks
 from tests.waiting import free_port, until
 
 __all__ = ["start"]  # a fixture
-pytestmark = pytest.mark.usefixtures("server")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 AWAY = 20.0  # seconds
 LOGS = """
 import time

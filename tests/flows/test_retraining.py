@@ -35,6 +35,8 @@ from tests.data.trees import MSCOCO
 from tests.test_predict import SCORE, settings
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 Data = tuple[Path, list[Sample]]
 ROOT = Path(__file__).parents[2]
 MODEL, ANSWERS = "artifacts/models/popen+ensemble", "artifacts/evaluate/muse_val/popen+ensemble"

@@ -19,6 +19,8 @@ from tests.flows.conftest import status
 from tests.flows.up import api, make, prefect, processes, root, slots, start, state, write_stage
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["root"]  # a fixture
 WAITS = "import pathlib, time\nwhile pathlib.Path('late.here').exists():\n    time.sleep(0.1)\n"
 NO_WORKER = """

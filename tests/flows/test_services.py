@@ -16,6 +16,8 @@ from tests.flows.conftest import status
 from tests.flows.up import api, make, messages, prefect, processes, root, start, state, write_stage
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["root"]  # a fixture
 
 

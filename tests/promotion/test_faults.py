@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 from mlflow.tracking import MlflowClient
 
 from popen.promotion import registry
@@ -18,6 +19,8 @@ from popen.promotion.listing import table
 from popen.promotion.registry import aliases, lineage, register, versions
 from tests.promotion.conftest import GIT
 from tests.promotion.test_registry import GOOD, Mortal, champion, made_champion, new
+
+pytestmark = pytest.mark.slow
 
 # writes of a promotion: 4 copies beside the model, version, challenger; verdict (2); note, 3 aliases, note
 STEPS = 13

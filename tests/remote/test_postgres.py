@@ -24,6 +24,8 @@ from tests.promotion.test_registry import GOOD, Mortal, champion, made_champion,
 from tests.remote.conftest import ROOT, Team
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 AWAY = 5.0  # seconds
 ENDED = dict.fromkeys([*"abcd", "mlflow run"], "Completed")
 

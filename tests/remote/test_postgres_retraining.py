@@ -21,6 +21,8 @@ from tests.remote.conftest import ROOT, Team
 from tests.remote.test_postgres import AWAY
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["project"]  # a fixture
 
 

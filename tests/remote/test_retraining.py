@@ -15,6 +15,8 @@ from popen.promotion import registry
 from popen.stages.artifacts import BUNDLE
 from tests.flows.test_retraining import prefect, project
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["prefect", "project"]  # fixtures
 
 

@@ -20,7 +20,7 @@ from tests.remote.servers import S3, Sshd
 from tests.waiting import until
 
 __all__ = ["start"]  # a fixture
-pytestmark = pytest.mark.usefixtures("server")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
 
 @dataclass

@@ -24,7 +24,10 @@ from popen.promotion import registry
 from tests.remote.servers import Postgres
 
 OLD = os.environ.get("POPEN_OLD_PYTHON", "")
-pytestmark = pytest.mark.skipif(not OLD, reason="no older MLflow and Prefect: see the head of this file")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not OLD, reason="no older MLflow and Prefect: see the head of this file"),
+]
 TAGS = {"git.commit": "c" * 40, "data": "d" * 32, "params": "{}", "figures": "{}"}
 MODEL = """
 from mlflow.models import set_model

@@ -21,6 +21,8 @@ from tests.remote.servers import running
 from tests.remote.test_storage import Remote, s3, sharing
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 PREFECT = [sys.executable, "-m", "prefect"]
 OURS = "mlflow run of this repository"
 

@@ -25,6 +25,8 @@ from popen.stages import align, evaluate, mask_preferences, sft
 from tests.preference.test_sampling import MASKS, TEXT, texts
 from tests.processes import together
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 Data = tuple[Path, list[Sample]]
 

@@ -30,6 +30,8 @@ from popen.stages import (
 from tests.model.llava import llava_params, write_llava, write_tower
 from tests.test_conf import compose
 
+pytestmark = pytest.mark.slow
+
 SYSTEMS = ["sft", "control", "chosen", "popen", "popen+ensemble"]
 
 

@@ -25,11 +25,12 @@ from popen.preference.sources import first_wrong
 from popen.preference.text import correct
 from popen.samples import Sample, write_index
 from popen.stages import text_preferences
+from popen.stages.artifacts import TEXT_PAIRS
 from popen.stages.run import QUIET
 from tests.preference.endpoint import by_words, completion, judged, numbers, serving
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
-OUT, SKIPPED = text_preferences.OUT, text_preferences.SKIPPED
+SKIPPED = text_preferences.SKIPPED
 Data = tuple[Path, list[Sample]]
 
 
@@ -85,14 +86,14 @@ def test_people_who_say_what_the_rule_says(expected: bytes, data: Data) -> None:
         line |= {"corrected": fix.answer, "targets": numbers(fix, by_uid[line["uid"]])}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     text_preferences.main()
-    assert OUT.read_bytes() == expected
+    assert TEXT_PAIRS.read_bytes() == expected
     assert SKIPPED.read_bytes() == b""
 
     # one question left out: its pair is missing, the reason is recorded
     kept = [line for line in lines if line["uid"] != data[1][1].uid]
     path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     text_preferences.main()
-    assert [pair.uid for pair in read_text_pairs(OUT)] == [s.uid for s in data[1] if s != data[1][1]]
+    assert [pair.uid for pair in read_text_pairs(TEXT_PAIRS)] == [s.uid for s in data[1] if s != data[1][1]]
     skipped = [json.loads(line) for line in SKIPPED.read_text(encoding="utf-8").split("\n")[:-1]]
     assert {skip["uid"] for skip in skipped} == {data[1][1].uid}
     assert all("is not in the file" in skip["reason"] for skip in skipped)
@@ -102,11 +103,11 @@ def test_a_judge_that_says_what_the_rule_says(expected: bytes, data: Data) -> No
     with serving(by_words(data[1])) as endpoint:
         change(source="judge", judge=endpoint.params().model_dump())
         text_preferences.main()
-        assert OUT.read_bytes() == expected
+        assert TEXT_PAIRS.read_bytes() == expected
         asked = len(endpoint.requests)
-        OUT.unlink()
+        TEXT_PAIRS.unlink()
         text_preferences.main()  # again: every reply is kept
-        assert OUT.read_bytes() == expected
+        assert TEXT_PAIRS.read_bytes() == expected
         assert len(endpoint.requests) == asked
     assert b"sk-secret" not in b"".join(p.read_bytes() for p in Path().rglob("*") if p.is_file())
 
@@ -117,7 +118,7 @@ def test_a_thing_that_is_not_annotated_leaves_the_answer_without_masks(
     with serving(lambda _: judged("It is the spoon {seg}.", 0)) as endpoint:
         change(source="judge", judge=endpoint.params().model_dump())
         text_preferences.main()
-    pairs = list(read_text_pairs(OUT))
+    pairs = list(read_text_pairs(TEXT_PAIRS))
     assert len(pairs) == len(data[1])
     assert not any(pair.known or pair.targets for pair in pairs)
     rows = chosen_rows(pairs)
@@ -139,7 +140,7 @@ def test_a_judge_that_refuses_everything_is_one_error(
     assert "none of 4 questions has a corrected answer; of the first one: the judge refused: No." in (
         capsys.readouterr().err
     )
-    assert not OUT.exists()
+    assert not TEXT_PAIRS.exists()
 
 
 def test_export_needs_a_model(expected: bytes) -> None:
