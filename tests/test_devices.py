@@ -268,6 +268,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> N
     assert Checkpoints(tmp_path).latest() == (7, tmp_path / "step-00000007")
 
 
+@pytest.mark.slow
 def test_a_sharded_model_makes_the_steps_of_a_whole_one_and_resumes_its_checkpoints(
     mini_model: Segmenter, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

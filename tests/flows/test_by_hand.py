@@ -12,6 +12,8 @@ from flows.stage_process import StageStopped
 from popen.promotion.gate import GateError
 from tests.flows.conftest import Make, stage
 
+pytestmark = pytest.mark.slow
+
 LEVEL = "import logging; import prefect.main; print(logging.getLogger('prefect.server').level)"
 
 

@@ -282,6 +282,7 @@ def test_the_first_stages_of_this_project(start: Start, tmp_path: Path) -> None:
     assert "Data and pipelines are up to date." in repro(clone, "pretrain_vision")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_flow_leaves_no_dvc_behind(make: Make, server: str, number: signal.Signals) -> None:
     root = make({"a": stage("touch begun.here; exec sleep 7776", "a.txt")})

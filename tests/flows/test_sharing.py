@@ -13,7 +13,7 @@ from tests.flows.conftest import Make, commit, lock, stage
 from tests.flows.test_pipeline import Start, mlflow_runs, names, start, tasks
 
 __all__ = ["start"]  # a fixture
-pytestmark = pytest.mark.usefixtures("server")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
 
 
 def test_what_one_clone_has_computed_another_restores(make: Make, start: Start, tmp_path: Path) -> None:

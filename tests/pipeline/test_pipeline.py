@@ -310,6 +310,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"{text!r} never came")
 
 
+@pytest.mark.slow
 def test_of_two_pipelines_at_once_the_second_stops_and_nothing_is_lost(clone: Path) -> None:
     change(clone, "evaluate", "bootstrap", to=60)
     one = started(clone)
@@ -328,6 +329,7 @@ def test_of_two_pipelines_at_once_the_second_stops_and_nothing_is_lost(clone: Pa
     assert [r.info.status for r in records(clone) if r.data.tags["stage"] == "report"] == ["FINISHED"] * 2
 
 
+@pytest.mark.slow
 def test_a_killed_stage_ends_with_the_same_weights(clone: Path) -> None:
     """The lock file holds hashes of weights and curves: after a kill and a second start it is the same."""
     before = (clone / "dvc.lock").read_bytes()
