@@ -149,8 +149,9 @@ def test_devices_share_what_is_sharded() -> None:
     assert memory(model, Devices(1, 80, False), 4).activations > 1.9 * alone.activations
 
 
-def test_the_command_says_what_fits() -> None:
+def test_the_command_says_what_fits(recwarn: pytest.WarningsRecorder) -> None:
     small, large = (CliRunner().invoke(app, ["plan", "--model", name]).output for name in PUBLISHED)
+    assert not [warning.message for warning in recwarn if warning.category is FutureWarning]
     lines = {line[:18].strip(): line[18:] for line in small.splitlines() if line}
     assert "no fit" not in lines["1 x 24 GB"]
     assert {"1 x 80 GB", "8 x 80 GB, DDP", "8 x 80 GB, FSDP"} <= lines.keys()

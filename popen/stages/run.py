@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,8 @@ def quiet() -> None:
     """Spare the user the libraries' chatter and telemetry. They read this when they are imported."""
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
+    # peft asks transformers by an old name
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 class Terminated(BaseException):
