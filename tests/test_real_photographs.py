@@ -64,6 +64,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [pytest.param("coco", marks=needs_real)])
 def test_from_the_contract_to_the_report(where: str, project: Path) -> None:
     validate.main()

@@ -269,6 +269,7 @@ def test_a_tracking_server_that_stays_away_stops_no_stage(
     assert tasks(state)["mlflow run"]["run_count"] == 5
 
 
+@pytest.mark.slow
 def test_the_first_stages_of_this_project(start: Start, tmp_path: Path) -> None:
     """The whole of it takes minutes: tests/pipeline runs it with plain `dvc repro`."""
     clone = make_clone(tmp_path)
