@@ -103,7 +103,6 @@ class Bench(Measuring):
         params = TrainParams(
             steps=count,
             images=images,
-            questions=1,
             accumulate=1,
             lr=1e-5,
             muon=0.0,

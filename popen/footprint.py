@@ -189,7 +189,7 @@ def table(params: Params) -> str:
     whole = [sum(numbers) for numbers in zip(*counts.values(), strict=True)]
     for part, (size, trains) in [*counts.items(), ("all", whole)]:
         lines.append(f"{part:<16}{size:>16,}{trains:>16,}")
-    asked = params.sft.train.images * params.sft.train.questions
+    asked = params.sft.train.images * params.sft.questions
     lines += [
         "",
         f"a micro-batch of SFT, {asked} questions asked for on all devices together "

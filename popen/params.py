@@ -122,7 +122,6 @@ class TrainParams(Group):
 
     steps: Positive
     images: Positive  # images a step, of all devices together
-    questions: Positive  # questions an image
     accumulate: Positive
     lr: float = Field(gt=0)
     muon: float = Field(ge=0)  # learning rate of Muon for matrices of the LM's blocks; 0: AdamW for all
@@ -152,7 +151,8 @@ class SftWeights(Group):
 
 class SftParams(Group):
     train: TrainParams
-    masks: Positive  # of an image's questions, for how many the masks are drawn (what costs most)
+    questions: Positive  # of an image, asked in a step
+    masks: Positive  # of these questions, for how many the masks are drawn (what costs most)
     loss: SftWeights
     vision: Share  # the tower's learning rate as a share of train.lr; 0 keeps it frozen
 
@@ -189,7 +189,7 @@ class TextPreferenceParams(Group):
 
 
 class MaskPreferenceParams(Group):
-    perturbed: Positive  # K images a question
+    perturbed: int = Field(ge=3)  # K images a question; three masks make the ranks high, medium and low
     rectangles: Positive
     sigma: float = Field(gt=0)  # of the pixel range
     side: Sides

@@ -25,7 +25,7 @@ class Tied(nn.Module):
 
 
 def params(**changes: Any) -> TrainParams:
-    base = {"steps": 1, "images": 1, "questions": 1, "accumulate": 1, "lr": 0.1, "muon": 0.0, "warmup": 0.0}
+    base = {"steps": 1, "images": 1, "accumulate": 1, "lr": 0.1, "muon": 0.0, "warmup": 0.0}
     base |= {"weight_decay": 0.5, "clip": 1.0, "checkpoint_every": 1, "eval_every": 1}
     return TrainParams.model_validate(base | changes)
 

@@ -42,7 +42,8 @@ def miniature() -> dict[str, Any]:
     model["language"]["max_length"] = 512
     model["decoder"] |= {"width": 16, "heads": 2, "layers": 1, "detail": 4}
     params["pretrain_vision"] |= {"images": 4, "steps": 40, "checkpoint_every": 99}
-    params["sft"]["train"] |= {"images": 4, "questions": 2, "steps": 50, "checkpoint_every": 99}
+    params["sft"]["questions"] = 2
+    params["sft"]["train"] |= {"images": 4, "steps": 50, "checkpoint_every": 99}
     params["sft"]["vision"] = 1.0  # its tower has hardly been trained before
     params["sft"]["loss"] |= {"bce": 0.0, "dice": 4.0}  # masks in a few steps: without bce, large ones first
     params["evaluate"] |= {"batch": 16, "max_new_tokens": 16, "bootstrap": 20}

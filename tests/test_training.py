@@ -27,7 +27,6 @@ from popen.training import DivergedError, Items, train
 PARAMS = TrainParams(
     steps=25,
     images=4,
-    questions=1,
     accumulate=1,
     lr=0.05,
     muon=0.0,

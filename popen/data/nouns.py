@@ -9,7 +9,10 @@ AFTER_HEAD = re.compile(
     r"\b(in|on|with|at|by|near|under|behind|beside|above|below|between|inside|next|to|from|for|over|that|which|who"
     r"|wearing|holding|sitting|standing|lying|riding|carrying|looking|and)\b"
 )
-COLLECTIVE = re.compile(r"\b(pair|group|bunch|couple|set|pile|row|number|crowd|slice|piece|lot)s? of\b")
+COLLECTIVE = re.compile(
+    r"\b((pair|group|bunch|couple|set|pile|row|number|crowd|slice|piece|lot)s?"
+    r"|one|two|three|four|some|few|many|most|several|all|both|each|any|none) of\b"
+)
 IRREGULAR = {
     "people": "person",
     "men": "man",
@@ -44,7 +47,8 @@ def singular(word: str) -> str:
 
 def head_noun(phrase: str) -> str:
     """Last word of the phrase's head, singular: "12 people" -> "person", "a man in a shirt" -> "man",
-    "a pair of shoes" -> "shoe". Compounds keep their last word only ("tennis racket" -> "racket")."""
+    "a pair of shoes" -> "shoe", "one of the dogs" -> "dog". Compounds keep their last word only
+    ("tennis racket" -> "racket")."""
     text = COLLECTIVE.sub("", phrase.lower())
     head = AFTER_HEAD.split(text.split(" of ")[0])[0]
     words = re.findall(r"[^\W\d_]+", head) or re.findall(r"[^\W\d_]+", text)

@@ -29,45 +29,29 @@ class RefinementAttention(nn.Module):
         self.bias = nn.Parameter(torch.ones(scales))
         self.gate = nn.Parameter(torch.zeros(scales))
 
-    def forward(self, embeddings: Tensor, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, embeddings: Tensor, scores: Tensor) -> Tensor:
         """Refine the clean image's embeddings.
 
         Args:
             embeddings: (N, M, S, C), member 0 the clean image's.
             scores: (N, M) preference scores; larger is better, only differences matter.
-            mask: (N, M) bool, members that are there (default: all). What the others hold is not looked at.
 
         Returns:
             (N, S, C).
-
-        Raises:
-            ValueError: a target without member 0.
         """
         clean = embeddings[:, 0]
-        if mask is not None:
-            if not mask[:, 0].all():
-                raise ValueError("member 0, the clean image's, must be there for every target")
-            embeddings = torch.where(mask[:, :, None, None], embeddings, clean[:, None])
-            scores = scores.masked_fill(~mask, 0.0)
         query, keys = (F.layer_norm(x, x.shape[-1:]) for x in (clean, embeddings))
         logits = torch.einsum("nsc,scd,nmsd->nms", query, self.affinity, keys) / clean.shape[-1] ** 0.5
         logits = logits + self.bias * scores[:, :, None]
-        if mask is not None:
-            logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
         difference = torch.einsum("nms,nmsc->nsc", logits.softmax(1), embeddings - clean[:, None])
         return clean + self.gate[:, None] * torch.einsum("scd,nsd->nsc", self.value, difference)
 
 
-def mean_embedding(embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Plain mean of the members that are there: (N, M, S, C), mask (N, M) bool -> (N, S, C)."""
-    if mask is None:
-        return embeddings.mean(1)
-    there = mask[:, :, None, None]
-    return embeddings.masked_fill(~there, 0.0).sum(1) / there.sum(1)
+def mean_embedding(embeddings: Tensor) -> Tensor:
+    """Plain mean of the members: (N, M, S, C) -> (N, S, C)."""
+    return embeddings.mean(1)
 
 
-def best_embedding(embeddings: Tensor, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+def best_embedding(embeddings: Tensor, scores: Tensor) -> Tensor:
     """The member with the highest score (the first of equals): (N, M, S, C), (N, M) -> (N, S, C)."""
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
     return embeddings[torch.arange(len(embeddings)), scores.argmax(1)]

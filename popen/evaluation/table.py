@@ -21,6 +21,7 @@ PAIRS = (
     ("popen", "control"),
     ("popen+ensemble", "control"),
     ("popen", "chosen"),
+    ("popen+ensemble", "chosen"),
     ("popen+ensemble", "popen"),
 )
 COMPARED = ("gIoU", "cIoU", "gIoU_matched", "chair_i", "chair_s", "missing")

@@ -133,7 +133,9 @@ class Encoder:
         self.categories = list(categories)
         self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self.vocabulary = Vocabulary(categories)
-        self.kind_of = {self.vocabulary.category(name): kind for kind, name in enumerate(categories)}
+        self.kinds_of: dict[str, list[int]] = {}  # two kinds may have one name in the vocabulary: cup and mug
+        for kind, name in enumerate(categories):
+            self.kinds_of.setdefault(self.vocabulary.category(name), []).append(kind)
         self.first_id = tokenizer.convert_tokens_to_ids(self.codebook[0])
         # Llama's kind of tokenizer puts a space before a text, which the text behind the image must not get
         alone, behind = (tokenizer.encode(text, add_special_tokens=False) for text in ("\n", IMAGE + "\n"))
@@ -152,17 +154,19 @@ class Encoder:
         return ids[self.spaces :]
 
     def question_kinds(self, question: str) -> list[int]:
-        """The kind that each of `question_ids` names, or NOTHING: names of one token, for a word by itself
-        does not know what its neighbours say."""
+        """The kind that each of `question_ids` names, or NOTHING, or IGNORED where it may be one of several.
+        Names of one token: a word by itself does not know what its neighbours say."""
         offsets = self._question(question, return_offsets_mapping=True)["offset_mapping"]
         names = self.vocabulary.named(_behind_image(question))
         kinds = [
-            next(
-                (self.kind_of[name] for start, end, name in names if first <= start and end <= last), NOTHING
-            )
+            next((self._kind(name) for start, end, name in names if first <= start and end <= last), NOTHING)
             for first, last in offsets
         ]
         return kinds[self.spaces :]
+
+    def _kind(self, name: str) -> int:
+        kinds = self.kinds_of[name]
+        return kinds[0] if len(kinds) == 1 else IGNORED
 
     def _question(self, question: str, **asked: bool) -> Any:
         # a question that spells a special token ("<image>") gets its letters, never the token

@@ -232,10 +232,8 @@ class Segmenter(nn.Module):
             return embeddings.sum() + images.new_zeros((0, self.decoder.size, self.decoder.size))
         return self.decoder(embeddings, levels, images, image_of)
 
-    def forward(self, batch: Batch, features: list[Tensor] | None = None) -> Output:
-        """`features` may be given where the tower is frozen and they are cached."""
-        if features is None:
-            features = self.tower(batch.images)
+    def forward(self, batch: Batch) -> Output:
+        features = self.tower(batch.images)
         levels = self.neck(features)
         supervised = batch.dense is not None
         dense = self.dense(levels[-1]) if supervised or self.centres is not None else None

@@ -115,7 +115,7 @@ def embedding_loss(
 
 
 def mask_loss(
-    policy: Tensor, reference: Tensor, winner: Tensor, loser: Tensor, beta: float, by_region: bool = True
+    policy: Tensor, reference: Tensor, winner: Tensor, loser: Tensor, beta: float
 ) -> tuple[Tensor, Metrics]:
     """L_s, mask form: DPO with one Bernoulli a pixel (ours).
 
@@ -123,16 +123,16 @@ def mask_loss(
     log sigmoid(-z) where it is not. Where winner and loser agree, both hold the same term and it cancels from
     the margin; where they differ, log sigmoid(z) - log sigmoid(-z) = z is left:
 
-        margin = beta * sum over differing pixels of +-(z - z_ref),   + where only the winner is set
+        margin = beta * mean over differing pixels of +-(z - z_ref),   + where only the winner is set
 
-    So rewards are summed over the differing pixels alone, and pixels are left out (an ignore region) by
-    giving both masks the same value there.
+    So rewards are of the differing pixels alone, and pixels are left out (an ignore region) by giving both
+    masks the same value there.
 
-    `by_region`, the default, divides by the number of differing pixels. The plain sum is the likelihood of
-    the whole mask, but it grows with the object: under one beta a large object is saturated after a step
-    while a small one still adds nothing, and beta means something else at each resolution. The mean is what
-    `weighted_logp` does to long answers. A pair matched in area differs by as much growth as shrinkage, so
-    that raising all logits together, the cheap way to a larger mask, earns nothing in either variant.
+    The likelihood of the whole mask is their sum, which grows with the object: under one beta a large object
+    is saturated after a step while a small one still adds nothing, and beta means something else at each
+    resolution. Hence the mean, as `weighted_logp` does with long answers. A pair matched in area differs by
+    as much growth as shrinkage, so that raising all logits together, the cheap way to a larger mask, earns
+    nothing.
 
     Args:
         policy: (N, H, W) mask logits of the model in training.
@@ -140,14 +140,13 @@ def mask_loss(
         winner, loser: (N, H, W) bool masks. A pair that is the same everywhere teaches nothing: loss log 2,
             gradient 0.
         beta: strength, per unit of logit.
-        by_region: mean over the differing pixels (default) or sum.
 
     Returns:
         The mean loss () over targets and `rewards_s/{chosen,rejected,margins,accuracies}`.
     """
     policy, reference = _precise(policy), _precise(reference).detach()
     differs = winner != loser
-    size = differs.sum((1, 2)).clamp_min(1) if by_region else 1
+    size = differs.sum((1, 2)).clamp_min(1)
     sign = torch.where(winner, 1.0, -1.0)  # on differing pixels the loser's is the opposite
 
     def reward(sign: Tensor) -> Tensor:

@@ -126,8 +126,10 @@ def correct(sampled: str, sample: Sample, ious: Sequence[Sequence[float]] = ()) 
     are, so they go together: unless all of a kind were right and as many as asked for, all get their names
     and order from `sample`. Prefix, suffix and the style of the list stay the model's
     own; only "it is" becomes "they are" (and the like) where the number of things changed and the data set's
-    answer says so. Where no phrase could be matched, the answer of the data set takes its place. An answer
-    without phrases is right when there is no target, whatever its words.
+    answer says so. Where no phrase could be matched, and where something is removed or inserted in a sentence
+    that is more than a list ("put the pan on the stove"), the answer of the data set takes its place. An
+    answer without phrases is right when there is no target, whatever its words; about targets without names,
+    so is one with as many phrases.
 
     A phrase is matched by the categories of the sample alone, so a synonym ("mug") counts as wrong.
 
@@ -138,17 +140,18 @@ def correct(sampled: str, sample: Sample, ious: Sequence[Sequence[float]] = ()) 
     """
     things = (*sample.targets, *sample.objects)
     answer = parse(sampled, [thing.name for thing in things])
-    if not answer.phrases and not sample.targets:
-        return Correction(sampled, (), changed=False)
+    nameless = all(not target.name and not target.category for target in sample.targets)
+    if nameless and len(answer.phrases) == len(sample.targets):
+        return Correction(sampled, sample.targets, changed=False)
     kept = _match(answer.phrases, sample, ious)
-    if not kept:
-        return Correction(sample.answer, sample.targets, changed=sample.answer != sampled)
-
     mentions = list(kept)
     for index in range(len(sample.targets)):
         if all(index != other for other, _ in kept):
             place = next((i for i, (other, _) in enumerate(mentions) if other > index), len(mentions))
             mentions.insert(place, (index, None))
+    others = len(kept) < max(len(answer.phrases), len(mentions))
+    if not kept or (others and not _is_list(answer)):
+        return Correction(sample.answer, sample.targets, changed=sample.answer != sampled)
     order, phrases = _together(mentions, answer.phrases, sample)
     if _opens(answer):
         phrases = [_upper(phrases[0]), *(_lower(phrase) for phrase in phrases[1:])]
@@ -251,15 +254,22 @@ def _match(
         return kinds[p] == sample.targets[t].category
 
     found: dict[int, tuple[int, str | None]] = {}
-    free = list(range(len(sample.targets)))
+    free = set(range(len(sample.targets)))
+    pairs = [(p, t) for p in range(len(phrases)) for t in sorted(free)]
+    if ious:  # things of one name ("the cup", twice) are told apart by their masks alone
+        pairs.sort(key=lambda pair: -ious[pair[0]][pair[1]])
     # surest first, or a wrong phrase takes another's target
     for rule in (same_name, same_mask, means, same_kind):
-        for p, phrase in enumerate(phrases):
-            index = next((i for i in free if p not in found and rule(p, i)), None)
-            if index is not None:
-                found[p] = index, None if rule is same_kind else phrase
-                free.remove(index)
+        for p, t in pairs:
+            if p not in found and t in free and rule(p, t):
+                found[p] = t, None if rule is same_kind else phrases[p]
+                free.remove(t)
     return [found[p] for p in sorted(found)]
+
+
+def _is_list(answer: Answer) -> bool:
+    """Whether commas and conjunctions alone join the phrases: other words say how things belong together."""
+    return all(word in _CONJUNCTIONS for joint in answer.joints for word in _words(joint.replace(SEG, " ")))
 
 
 def _joints(answer: Answer, count: int) -> tuple[str, ...]:

@@ -217,7 +217,8 @@ def compared(asked: Sequence[Sample], found: Sequence[tuple[int, str, Prediction
         predictions = [one for members, name, one in found if (members, MODES.index(name)) == (count, mode)]
         figures = summarise(rows(asked, predictions))
         seconds = sum(one.seconds for one in predictions) / len(predictions)
-        chosen = {name: figures[name] for name in ("gIoU", "gIoU_matched", "chair_s", "missing")}
+        shown = ("gIoU", "gIoU_matched", "chair_s", "missing", "area_ratio")
+        chosen = {name: figures[name] for name in shown}
         table.append({"members": count, "mode": MODES[mode], "seconds": seconds, **chosen})
     return table
 

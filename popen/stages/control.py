@@ -1,4 +1,5 @@
-"""Stage `control`: SFT trained on, on its own corpus, for the steps and questions that alignment gets."""
+"""Stage `control`: SFT trained on by all its losses, on its own corpus, for the steps and questions that
+alignment gets."""
 
 from __future__ import annotations
 
@@ -25,13 +26,13 @@ def main() -> None:
             return sft_loss(model(batch), batch, params.sft.loss)
 
         train = both_stages(params.align.train)
-        plan = image_plan(samples("train"), train.questions, params.seed + 1)
+        plan = image_plan(samples("train"), 1, params.seed + 1)  # a pair is one question, too
         fit(
             run,
             model,
             train,
             plan.item,
-            sft_collate(model, run, train.questions, auxiliary=False),
+            sft_collate(model, run, 1, auxiliary=True),
             loss,
             None,
             [MODEL, index("train")],

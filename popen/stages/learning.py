@@ -73,7 +73,7 @@ def sft_collate(
 def validation(model: Segmenter, run: Run, held_out: Sequence[Sample]) -> Callable[[], dict[str, float]]:
     """Cross-entropy and IoU on held-out questions of each kind of benchmark with the true answers fed
     (teacher-forced), so that the words of captions do not hide those of reasoning questions."""
-    questions = run.params.sft.train.questions
+    questions = run.params.sft.questions
     collate = sft_collate(model, run, questions, auxiliary=False)
     kinds = sorted({_kind(sample) for sample in held_out})
     batches = dict[str, list[Batch]]()

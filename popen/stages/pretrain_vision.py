@@ -69,7 +69,7 @@ def pretrain(run: Run) -> None:
             "val/count_accuracy": counted,
         }
 
-    plan = image_plan(annotated, params.pretrain_vision.questions, params.seed)
+    plan = image_plan(annotated, 1, params.seed)
     inputs = [index("train"), index("val")]
     fit(
         run,

@@ -47,7 +47,7 @@ def main() -> None:
         def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             return sft_loss(model(batch), batch, params.sft.loss)
 
-        plan = image_plan(train_samples, params.sft.train.questions, params.seed)
+        plan = image_plan(train_samples, params.sft.questions, params.seed)
         fit(
             run,
             model,

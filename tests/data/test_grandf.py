@@ -130,6 +130,8 @@ def test_captions_without_their_masks(tmp_path: Path) -> None:
         ("two women wearing hats", "woman"),
         ("a pair of shoes", "shoe"),
         ("a glass of wine", "glass"),
+        ("one of the dogs", "dog"),
+        ("several of the pairs of shoes", "shoe"),
         ("three brushes", "brush"),
         ("the cherries", "cherry"),
         ("a bus", "bus"),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from popen.masks import decode
 from popen.model import IGNORED
-from popen.model.batches import Batch, Row
+from popen.model.batches import Batch, Encoder, Row
 from popen.model.generate import generate
 from popen.model.look import NOTHING, Aim, Look, Match, aim_loss, look_loss
 from popen.model.losses import sft_loss, token_logps
@@ -83,6 +83,15 @@ def test_names_in_a_question_are_found(mini_model: Segmenter, picture: Image.Ima
     assert unknown is not None
     assert (unknown == IGNORED).all()
     assert mini_model.encoder.batch([picture], [row]).named is None
+
+
+def test_a_name_of_two_kinds_teaches_no_word_where_to_look(mini_model: Segmenter) -> None:
+    """CHAIR's synonyms make one of "cup" and "mug": the word may mean either."""
+    ours = mini_model.encoder
+    encoder = Encoder(ours.tokenizer, ours.codebook, ours.image_tokens, ours.size, ["cup", "mug"], ours.grid)
+    kinds = encoder.question_kinds("Where is the cup?")
+    assert set(kinds) == {NOTHING, IGNORED}
+    assert kinds.index(IGNORED) == ours.question_kinds("Where is the cup?").index(0)
 
 
 def test_only_the_question_looks(mini_model: Segmenter, picture: Image.Image) -> None:

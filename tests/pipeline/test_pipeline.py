@@ -70,8 +70,8 @@ def miniature() -> dict[str, Any]:
     small = {"images": 4, "checkpoint_every": 40, "eval_every": 80}
     params["pretrain_vision"] |= small | {"steps": 60}  # statistics of its batch norm, which SFT keeps
     # enough for answers with masks
-    params["sft"]["train"] |= small | {"steps": 160, "questions": 4, "lr": 0.01}
-    params["sft"]["masks"] = 4
+    params["sft"]["train"] |= small | {"steps": 160, "lr": 0.01}
+    params["sft"] |= {"questions": 4, "masks": 4}
     params["sft"]["vision"] = 1.0  # its tower has hardly been trained before
     params["align"]["train"] |= small | {"steps": 4, "lr": 0.001}
     params["text_preferences"]["samples"] = 1

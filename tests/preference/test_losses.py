@@ -108,16 +108,15 @@ def test_embedding_loss_keeps_small_steps_from_a_far_reference() -> None:
     assert metrics["rewards_s/margins"] == pytest.approx(2 * step * 2, rel=0.05)
 
 
-@pytest.mark.parametrize("by_region", [True, False])
-def test_mask_loss_by_hand(by_region: bool) -> None:
+def test_mask_loss_by_hand() -> None:
     # pixels: winner only, loser only, both, none
     winner = torch.tensor([[[True, False], [True, False]]])
     loser = torch.tensor([[[False, True], [True, False]]])
     policy = torch.tensor([[[2.0, -1.0], [9.0, 9.0]]])
     reference = torch.tensor([[[0.5, 0.5], [-9.0, -9.0]]])
-    loss, metrics = mask_loss(policy, reference, winner, loser, beta=0.5, by_region=by_region)
+    loss, metrics = mask_loss(policy, reference, winner, loser, beta=0.5)
     # margin: beta * ((2 - .5) - (-1 - .5)) = 1.5, over two differing pixels
-    margin = 1.5 / (2 if by_region else 1)
+    margin = 1.5 / 2
     assert metrics["rewards_s/margins"] == pytest.approx(margin)
     assert loss.item() == pytest.approx(math.log1p(math.exp(-margin)))
 
@@ -130,8 +129,6 @@ def test_mask_loss_is_the_likelihood_of_whole_masks() -> None:
 
     won = likelihood(policy, winner) - likelihood(reference, winner)
     lost = likelihood(policy, loser) - likelihood(reference, loser)
-    summed, _ = mask_loss(policy, reference, winner, loser, 0.3, by_region=False)
-    assert torch.allclose(summed, -F.logsigmoid(0.3 * (won - lost)).mean())
     region, _ = mask_loss(policy, reference, winner, loser, 0.3)
     assert torch.allclose(region, -F.logsigmoid(0.3 * (won - lost) / (winner ^ loser).sum((1, 2))).mean())
 

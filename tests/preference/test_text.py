@@ -181,7 +181,17 @@ def test_category_of_a_phrase(phrase: str, expected: str | None) -> None:
          (FORK, KNIFE, RIGHT, CUP),
          "The fork {seg}; the knife {seg}, the right apple {seg} or the red cup {seg}", None),
         # an invented and a forgotten thing at once: as many phrases, hence the model's own joints
-        ("The spoon {seg} with the fork {seg}", (FORK, KNIFE), "The fork {seg} with the knife {seg}", None),
+        ("The spoon {seg}; the fork {seg}", (FORK, KNIFE), "The fork {seg}; the knife {seg}", None),
+        # more than a list: what is said about a thing is not true of the next one
+        ("Put the red cup {seg} on the spoon {seg} and the plate {seg}.", (CUP, PLATE),
+         "Ground truth: the red cup {seg}, the plate {seg}.", None),
+        ("Put the red cup {seg} on the plate {seg}.", (CUP, PLATE, FORK),
+         "Ground truth: the red cup {seg}, the plate {seg}, the fork {seg}.", None),
+        ("The spoon {seg} with the fork {seg}", (FORK, KNIFE),
+         "Ground truth: the fork {seg}, the knife {seg}.", None),
+        # nothing added or taken away: the sentence stays
+        ("Put the left apple {seg} on the plate {seg}.", (RIGHT, PLATE),
+         "Put the right apple {seg} on the plate {seg}.", None),
     ],
 )  # fmt: skip
 def test_correction(
@@ -251,6 +261,27 @@ def test_targets_of_one_name_are_told_apart_by_order() -> None:
     one = correct("I see the person at the left {seg}.", sample)
     assert one.answer == "I see the person at the left {seg} and the person at the left {seg}."
     assert one.targets == (first, second)
+
+
+def test_targets_of_one_name_are_told_apart_by_their_masks() -> None:
+    """With the masks the other way round each is compared with the truth of the other."""
+    first, second = thing("the cup", "cup", 1), thing("the cup", "cup", 2)
+    sample = ask(first, second, objects=(first, second))
+    said = "It is the cup {seg} and the cup {seg}."
+    swapped = correct(said, sample, [[0.0, 0.9], [0.9, 0.0]])
+    assert (swapped.changed, swapped.targets) == (False, (second, first))
+    # the second phrase is the surer one, though the first would have done
+    assert correct(said, sample, [[0.6, 0.1], [0.9, 0.2]]).targets == (second, first)
+    assert correct(said, sample, [[0.9, 0.0], [0.0, 0.9]]).targets == (first, second)
+
+
+def test_words_about_a_target_without_a_name_are_right() -> None:
+    """ReasonSeg names nothing: a pair would teach the style of its explanations."""
+    target = thing("", "", 1)
+    sample = ask(target, objects=(), answer="It is {seg}. Because.")
+    said = correct("It is {seg}.", sample, [[0.1]])
+    assert (said.answer, said.targets, said.changed) == ("It is {seg}.", (target,), False)
+    assert correct("It is {seg} and {seg}.", sample, [[0.1], [0.2]]).answer == sample.answer
 
 
 def test_a_target_listed_among_the_objects_by_its_kind_is_no_rival() -> None:
