@@ -16,6 +16,14 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
+# DVC keeps an experiment (`make quick`) as a commit, which needs a name; where git knows none, this one.
+ifeq ($(shell git config user.email 2>/dev/null),)
+export GIT_AUTHOR_NAME := popen
+export GIT_AUTHOR_EMAIL := popen@localhost
+export GIT_COMMITTER_NAME := popen
+export GIT_COMMITTER_EMAIL := popen@localhost
+endif
+
 .PHONY: help repro quick test test-all lint format clean ui up down lock samples
 
 help:
@@ -30,7 +38,7 @@ help:
 	@echo "make down     stop what make up started"
 	@echo "make samples  draw the default data set in samples/ anew"
 	@echo "make lock     resolve requirements.lock anew from pyproject.toml"
-	@echo "make clean    remove caches, checkpoints and built results (not MLflow's records, not DVC's cache)"
+	@echo "make clean    remove caches, checkpoints and built results (not MLflow's records, DVC's cache, a judge's answers)"
 
 repro: $(READY)
 	dvc repro
@@ -58,8 +66,10 @@ format: $(READY)
 	ruff format .
 
 ui: $(READY)
-	mlflow ui --host 127.0.0.1 --port 5000 \
-	    --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+	@case "$${MLFLOW_TRACKING_URI:-}" in \
+	    http*) echo "MLFLOW_TRACKING_URI names a server of MLflow's: its pages are there" ;; \
+	    *) mlflow ui --host 127.0.0.1 --port 5000 \
+	        --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" ;; esac
 
 up: $(READY)
 	python -m flows.services up
@@ -77,8 +87,10 @@ lock: $(READY)
 
 clean:
 	@! ls .popen/service-* >/dev/null 2>&1 || { echo "error: services run: make down first" >&2; exit 1; }
-	rm -rf artifacts .checkpoints .popen build *.egg-info \
+	rm -rf artifacts .popen build *.egg-info \
 	    .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	# what a judge has answered was paid for
+	find .checkpoints -mindepth 1 -maxdepth 1 ! -name judge -exec rm -rf {} + 2>/dev/null || true
 	find popen flows tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 # uv reads none of pip's settings, so where only pip knows the way to a registry, pip installs.

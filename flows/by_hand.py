@@ -14,6 +14,13 @@ from popen.pipeline import find_root
 T = TypeVar("T")
 
 
+def spare_loopback() -> None:
+    """No request to this machine goes through a proxy, whatever `HTTP_PROXY` says (for children, too)."""
+    for name in ("NO_PROXY", "no_proxy"):
+        hosts = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))
+
+
 def by_hand(flow: Callable[[], T]) -> T:
     """Run it in the folder of the clone; an error that is written to be read ends the process with one line
     and code 1 (`POPEN_DEBUG=1` shows the stack trace).
@@ -21,6 +28,7 @@ def by_hand(flow: Callable[[], T]) -> T:
     Where no server is named, Prefect starts one for the run, and that server reports its end as an error, in
     pages of stack traces: it is told to be silent. What of its errors matters, the flow meets too.
     """
+    spare_loopback()
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
     try:
         os.chdir(find_root(Path.cwd()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import subprocess
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,10 +211,19 @@ def _experiment(name: str, targets: list[str], overrides: list[str], work: _Work
             get_run_logger().info,
             stop=work.stop,
             timeout=work.timeout,
-            environment=work.parent.environment(),
+            environment=work.parent.environment() | _identity(work.root),
         )
 
     run.submit().result()
+
+
+def _identity(root: Path) -> dict[str, str]:
+    """Variables that name a committer, where git knows none: DVC keeps an experiment as a commit."""
+    known = subprocess.run(["git", "config", "user.email"], cwd=root, capture_output=True).returncode == 0
+    values = {"NAME": "popen", "EMAIL": "popen@localhost"}
+    return (
+        {} if known else {f"GIT_{who}_{k}": v for who in ("AUTHOR", "COMMITTER") for k, v in values.items()}
+    )
 
 
 def _storage(direction: str, work: _Work) -> None:

@@ -23,7 +23,7 @@ from prefect.runtime import flow_run
 from prefect.states import State
 from prefect.tasks import RetryConditionCallable
 
-from flows import orphans, parent_run
+from flows import dvc_graph, orphans, parent_run
 from flows.by_hand import by_hand
 from flows.pipeline import PAUSES, PipelineError, popen_pipeline, remote_failed
 from flows.stage_process import run_dvc
@@ -72,6 +72,7 @@ def _retrain(root: Path, force: bool, max_age_days: float | None, share: bool) -
     get_run_logger().info("A new model is made: %s", reason)
     validate(root, share)
     run_stages(None, force, share)
+    check_up_to_date(root)
     outcome = judge(root, home, reason)
     get_run_logger().info(outcome.words)
     return f"{outcome.words}\n\nMade because {reason}."
@@ -80,6 +81,18 @@ def _retrain(root: Path, force: bool, max_age_days: float | None, share: bool) -
 def run_stages(targets: list[str] | None, force: bool, share: bool) -> None:
     """Bring stages up to date. Raises PipelineError."""
     popen_pipeline(targets=targets, force=force, share=share)
+
+
+def check_up_to_date(root: Path) -> None:
+    """Raises RetrainError where something was changed while the stages ran: a version's lineage would name
+    what it was not made of. New data at the source is the next run's."""
+    stale = [stage.name for stage in dvc_graph.read(root) if stage.changed and stage.name != "data.dvc"]
+    if stale:
+        more = f" and {len(stale) - SHOWN} more" if len(stale) > SHOWN else ""
+        raise RetrainError(
+            "something that the stages depend on was changed while they ran, and nothing was registered: "
+            f"{', '.join(stale[:SHOWN])}{more} would run again. Start it again"
+        )
 
 
 @task(

@@ -23,6 +23,8 @@ import psutil
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import heartbeats, orphans
+from flows.by_hand import spare_loopback
+from popen.errors import without_password
 from popen.pipeline import CloneError, find_root, is_gone, process_name, state_folder
 from popen.tracking import tracking_uri
 
@@ -59,7 +61,8 @@ def up(root: Path) -> dict[str, str]:
     Raises ServiceError; what was started by this call is then stopped again.
     """
     server, worker, pages = services(root)
-    missing = [service for service in (server, pages, worker) if not _running(root, service.name)]
+    wanted = [service for service in (server, pages, worker) if service]
+    missing = [service for service in wanted if not _running(root, service.name)]
     try:
         for service in missing:
             if service.port:
@@ -84,12 +87,14 @@ def up(root: Path) -> dict[str, str]:
             heard = _heartbeat(address)  # of the one that is dead
             _start(root, worker)
         _wait(root, worker, lambda: _heartbeat(address) not in (None, heard))
-        _wait(root, pages, lambda: httpx.get(f"{_address(root, pages)}/health").is_success)
+        if pages:
+            _wait(root, pages, lambda: httpx.get(f"{_address(root, pages)}/health").is_success)
     except BaseException:
         for service in missing:
             _stop(root, service.name)
         raise
-    return {"Prefect": address, "MLflow": _address(root, pages)}
+    records = _address(root, pages) if pages else without_password(tracking_uri(root))
+    return {"Prefect": address, "MLflow": records}
 
 
 def down(root: Path) -> list[str]:
@@ -102,8 +107,9 @@ def down(root: Path) -> list[str]:
     return stopped
 
 
-def services(root: Path) -> tuple[Service, Service, Service]:
-    """Prefect's server and worker, and MLflow's pages."""
+def services(root: Path) -> tuple[Service, Service, Service | None]:
+    """Prefect's server and worker, and MLflow's pages, unless a server of MLflow's, which has pages, keeps
+    the records."""
     env = os.environ
     host, port = (
         env.get("PREFECT_SERVER_API_HOST", "127.0.0.1"),
@@ -130,6 +136,8 @@ def services(root: Path) -> tuple[Service, Service, Service]:
     )
     words = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", WORKER]
     worker = Service("worker", [*words, "--install-policy", "never"])
+    if tracking_uri(root).startswith("http"):
+        return server, worker, None
     host, port = env.get("MLFLOW_HOST", "127.0.0.1"), int(env.get("MLFLOW_PORT", 5000))
     words = ["mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     pages = Service(
@@ -238,8 +246,19 @@ def _end(pid: int) -> None:
 
 
 def _running(root: Path, name: str) -> bool:
+    """Whether a service runs. Raises ServiceError where it was started on another machine: its number means
+    another process here."""
     path = _pid_file(root, name)
-    return path.is_file() and not is_gone(path.read_text(encoding="utf-8").split()[0])
+    if not path.is_file():
+        return False
+    process = path.read_text(encoding="utf-8").split()[0]
+    host = process.partition(":")[0]
+    if host != socket.gethostname():
+        raise ServiceError(
+            f"the {name} of this clone was started on the machine {host}: `make down` there, or, if that "
+            f"machine is gone or has another name now, remove {path}"
+        )
+    return not is_gone(process)
 
 
 def _pid_file(root: Path, name: str) -> Path:
@@ -255,6 +274,7 @@ def main() -> None:
         sys.exit("usage: python -m flows.services up|down")
     try:
         root = find_root(Path.cwd())
+        spare_loopback()
         if sys.argv[1] == "up":
             for name, address in up(root).items():
                 print(f"{name:8} {address}")

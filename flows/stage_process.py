@@ -7,6 +7,7 @@ is killed outright, nobody else is left to stop the stage.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import re
 import select
@@ -205,14 +206,34 @@ def _die_with(parent: int) -> Callable[[], None]:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to what is left of the group, SIGKILL after the grace period, until nothing is left."""
+    """SIGTERM to what is left of the group, SIGKILL after the grace period, until nothing is left. What it
+    started in groups of their own (a stage on several devices) ends with it, or is killed, too."""
+    below = _below(process)
     for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
-        if not _alive(process):
+        if not _alive(process) and not any(map(_runs, below)):
             return
-        os.killpg(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        for other in below if number == signal.SIGKILL else ():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                other.kill()
         deadline = time.monotonic() + patience
-        while _alive(process) and time.monotonic() < deadline:
+        while (_alive(process) or any(map(_runs, below))) and time.monotonic() < deadline:
             time.sleep(0.05)
+
+
+def _below(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _alive(process: subprocess.Popen[bytes]) -> bool:

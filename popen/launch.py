@@ -23,7 +23,9 @@ def main(count: str, *module: str) -> None:
     from torch.distributed.run import parse_args, run
 
     try:
-        run(parse_args(["--standalone", "--nproc-per-node", count, "-m", *module]))
+        # by its name, the default, a machine may not find itself
+        words = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", count]
+        run(parse_args([*words, "-m", *module]))
     except SignalException as error:
         raise SystemExit(KILLED + error.sigval) from None
     except ChildFailedError as error:

@@ -60,9 +60,11 @@ def reached(model: nn.Module) -> Tensor:
 
 
 def plain(value: Any) -> Any:
-    """A state with every sharded tensor made whole, on the CPU. All processes must call this."""
+    """A state with every sharded tensor made whole, on the CPU of the main process; in the others, which save
+    nothing, those with axes are empty. All processes must call this."""
     if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
+        whole = value.full_tensor()
+        return whole.cpu() if devices.is_main() or not whole.ndim else torch.empty(0)
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()}
     return value
@@ -113,10 +115,7 @@ def gather(model: nn.Module) -> None:
             if not isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in done:
-                whole = parameter.full_tensor().cpu()
-                done[id(parameter)] = nn.Parameter(
-                    whole if devices.is_main() else whole[:0], requires_grad=parameter.requires_grad
-                )
+                done[id(parameter)] = nn.Parameter(plain(parameter.data), parameter.requires_grad)
             module._parameters[name] = done[id(parameter)]
 
 

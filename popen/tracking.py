@@ -63,7 +63,7 @@ class Tracker:
         last_tries: tuple[float, ...] = _LAST_TRIES,
     ) -> None:
         """`dataset` is the data's hash; it becomes the run's dataset input. Opens the run if it can."""
-        _quieten()
+        quieten()
         self.stage = stage
         self.run_id: str | None = None  # set as soon as the run exists
         self.uri = tracking_uri(home)
@@ -280,7 +280,7 @@ def start_parent(home: Path) -> str:
 
     Raises what MLflow raises when its server is away (MlflowException, SQLAlchemyError, OSError).
     """
-    _quieten()
+    quieten()
     with _connected(home, tracking_uri(home)) as (client, experiment):
         return _create_parent(client, experiment, pipeline.process_name())
 
@@ -299,7 +299,8 @@ def runs_below(home: Path, parent: str) -> list[Run]:
         return [client.get_run(parent), *children]
 
 
-def _quieten() -> None:
+def quieten() -> None:
+    """No telemetry, and requests that give up soon; MLflow reads this at each."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ.pop("MLFLOW_RUN_ID", None)
     # Our own tries follow each other; MLflow's would hold a stage for minutes each.

@@ -135,7 +135,7 @@ def train(
     if halves:
         model.forward = _in_halves(model.forward)
     if sharding.wanted():
-        sharding.shard(model.to(accelerator.device))
+        sharding.shard(model)  # layer by layer onto the device: all of it might not fit there
     trainable = [p for p in model.parameters() if p.requires_grad]
     chosen = optimizers(model, params, slow)
     warmup = math.ceil(params.warmup * params.steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,27 @@ def test_the_one_that_fails_has_the_word(tmp_path: Path, ends: str, code: int, s
     started = launch(tmp_path, ends)
     assert started.communicate(timeout=300) == ("", said)
     assert started.returncode == code
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-u", "true"], capture_output=True).returncode != 0
+    if shutil.which("unshare")
+    else True,
+    reason="only root may give a process a machine's name of its own",
+)
+def test_a_machine_that_does_not_find_its_own_name_is_good_enough(tmp_path: Path) -> None:
+    """torchrun asks for the address of the machine's name, and waits for ever where there is none."""
+    (tmp_path / "meeting.py").write_text(
+        "import torch.distributed as dist\ndist.init_process_group('gloo')\ndist.barrier()\nprint('met')\n"
+    )
+    done = subprocess.run(
+        ["unshare", "-u", "sh", "-c", f"hostname nowhere-at-all; {sys.executable} -m popen.launch 2 meeting"],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, "met\nmet\n"), done.stderr
 
 
 def test_a_signal_ends_all_without_a_trace(tmp_path: Path) -> None:

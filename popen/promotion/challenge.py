@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from popen import params as parameters
-from popen import tracking
+from popen import pipeline, tracking
 from popen.params import Params
 from popen.promotion import opponent, registry
 from popen.promotion.card import card
@@ -62,7 +62,8 @@ def challenge(root: Path, home: Path, reason: str) -> Outcome:
 def _decide(client: MlflowClient, root: Path, params: Params, version: ModelVersion) -> Outcome:
     number, champion = str(version.version), registry.version(client, registry.CHAMPION)
     if champion is not None and str(champion.version) == number:
-        return Outcome(number, True, f"Version {number} is the champion already: these results are its own.")
+        words = f"Version {number} is the champion already: these results are its own."
+        return Outcome(number, True, f"{words}\n\n{version.description}")  # a retry has no other verdict
     if registry.ROLLED_BACK in version.tags:
         return Outcome(
             number,
@@ -78,6 +79,10 @@ def _decide(client: MlflowClient, root: Path, params: Params, version: ModelVers
             bundle = opponent.download(champion, Path(folder))
             theirs = opponent.champion_rows(bundle, root, params, asked)
     verdict = judge(theirs, ours, params.gate, params.evaluate.bootstrap, params.seed)
+    if pipeline.lock_digest(root) != version.tags[registry.LOCK]:
+        raise registry.RegistryError(
+            f"the results in {root} changed while version {number} was judged; run `retrain` again"
+        )
     promoted = registry.promote(client, version, verdict, champion)
     result = f"Version {number} is the champion." if promoted else f"Version {number} stays a challenger."
     before = "" if champion is None else f" Champion before: version {champion.version}."

@@ -22,7 +22,7 @@ from popen.errors import one_line, without_password
 from popen.promotion.gate import Verdict
 from popen.stages.artifacts import BUNDLE
 from popen.stages.model_record import BUNDLE_TAG
-from popen.tracking import EXPERIMENT, tracking_uri
+from popen.tracking import EXPERIMENT, quieten, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -100,6 +100,7 @@ def connect(home: Path) -> MlflowClient:
         raise NoRegistryError(
             f"no registry yet ({path} is not there); `python -m flows.retraining` makes one"
         )
+    quieten()
     import mlflow
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient

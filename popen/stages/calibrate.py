@@ -154,7 +154,7 @@ def seen_by_members(
     pixels = copies(model.encoder.pixels(images), params.ensemble, members, seed)
     aligned = align(model, images, questions, [s.answer for s in part], pixels, score(said.features))
     # the other members' images and features are large, and only their embeddings are learned from
-    aligned = replace(aligned, views=aligned.views[:1], features=aligned.features[:1])
+    aligned = replace(aligned, views=aligned.views[:1].clone(), features=aligned.features[:1])
     rows = [sample_row(sample, index) for index, sample in enumerate(part)]
     return aligned, model.encoder.batch(images, rows).to(model.device)
 
@@ -238,6 +238,7 @@ def choose_thresholds(run: Run, shared: Shared, asked: Sequence[Sample]) -> dict
         thresholds[name] = level
         run.log_metrics({f"threshold/{name}": level, f"val_gIoU/{name}": value})
         run.say(f"{name}: threshold {level:g}, gIoU on validation {value:.3f}")
+        del answer  # and with it the model: two of a large one do not fit a device
     return thresholds
 
 

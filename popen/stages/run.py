@@ -210,4 +210,6 @@ def _catch_signals() -> Handler:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    # whoever ends a group of processes signals this one twice: itself, and by the end of `dvc` above
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated

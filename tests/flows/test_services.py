@@ -101,6 +101,25 @@ def test_a_port_that_is_taken_is_named_with_the_remedy(root: Path, tmp_path: Pat
     assert not list(tmp_path.glob(".popen/service-*"))
 
 
+def test_what_another_machine_started_is_left_alone(tmp_path: Path) -> None:
+    """Its number means another process here: a strange one, which was ended."""
+    (tmp_path / ".dvc").mkdir()
+    ours = process_name()
+    file = state_folder(tmp_path) / "service-worker"
+    file.write_text(f"elsewhere:{ours.partition(':')[2]} http://127.0.0.1:1")
+    for call in (services.down, services.up):
+        with pytest.raises(ServiceError, match=f"started on the machine elsewhere: .*remove {file}"):
+            call(tmp_path)
+    assert file.exists()
+
+
+def test_a_server_of_mlflows_has_pages_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example.org")
+    assert services.services(tmp_path)[2] is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert services.services(tmp_path)[2] is not None
+
+
 def test_down_stops_what_up_started_and_nothing_else(root: Path, tmp_path: Path) -> None:
     alien = state_folder(tmp_path) / "service-server"
     alien.write_text(

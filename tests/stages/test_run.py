@@ -16,6 +16,7 @@ import yaml
 
 from popen.params import ModelParams, ParamsError, load
 from popen.stages.run import QUIET, needs_hub, stage
+from popen.tracking import Status, Tracker
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 
@@ -137,6 +138,23 @@ def test_sigterm_is_recorded_and_the_handler_given_back(clone: Path) -> None:
     assert caught.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
     assert recorded(clone, "terminated").info.status == "KILLED"
+
+
+def test_a_second_sigterm_does_not_break_off_the_records(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who ends a group of processes signals a stage twice: itself, and by the end of the `dvc` above."""
+    close = Tracker.close
+
+    def signalled(tracker: Tracker, status: Status) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        close(tracker, status)
+
+    monkeypatch.setattr(Tracker, "close", signalled)
+    with pytest.raises(SystemExit) as caught, stage("terminated twice"):
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 143
+    assert recorded(clone, "terminated twice").info.status == "KILLED"
 
 
 def test_bad_parameters_stop_a_stage_in_one_line_before_anything_else(clone: Path, tmp_path: Path) -> None:
