@@ -28,7 +28,7 @@ endif
 
 help:
 	@echo "make repro    train, align, benchmark and report (only what changed)"
-	@echo "make quick    the same in little, a sixth of the training: a first look on a slow machine"
+	@echo "make quick    the same in little, with a sixth of SFT: a first look on a slow machine"
 	@echo "make test     the tests, but for those that kill servers or train in several processes"
 	@echo "make test-all all tests"
 	@echo "make lint     ruff and mypy"
@@ -87,7 +87,7 @@ lock: $(READY)
 
 clean:
 	@! ls .popen/service-* >/dev/null 2>&1 || { echo "error: services run: make down first" >&2; exit 1; }
-	rm -rf artifacts .popen build *.egg-info \
+	rm -rf artifacts reports .popen build *.egg-info \
 	    .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	# what a judge has answered was paid for
 	find .checkpoints -mindepth 1 -maxdepth 1 ! -name judge -exec rm -rf {} + 2>/dev/null || true

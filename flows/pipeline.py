@@ -260,9 +260,13 @@ def main() -> None:
     parser.add_argument("-S", "--set-param", action="append", dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--force", action="store_true", help="also run stages that did not change")
     words = parser.parse_args()
-    by_hand(
-        lambda: popen_pipeline(targets=words.targets or None, overrides=words.overrides, force=words.force)
-    )
+
+    def run() -> None:
+        if words.targets:  # an error of the flow itself comes with Prefect's stack traces
+            read(Path.cwd(), words.targets)
+        popen_pipeline(targets=words.targets or None, overrides=words.overrides, force=words.force)
+
+    by_hand(run)
 
 
 if __name__ == "__main__":

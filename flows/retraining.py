@@ -230,7 +230,12 @@ def main() -> None:
         "--max-age-days", type=float, default=MONTH, help="oldest champion (default: %(default)s)"
     )
     words = parser.parse_args()
-    print(by_hand(lambda: retrain(force=words.force, max_age_days=words.max_age_days)))
+
+    def run() -> str:  # an error of the flow itself comes with Prefect's stack traces
+        opponent.check_gate(parameters.load(Path("params.yaml")))
+        return retrain(force=words.force, max_age_days=words.max_age_days)
+
+    print(by_hand(run))
 
 
 if __name__ == "__main__":

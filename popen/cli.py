@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from popen import cli_corrections, cli_data, cli_models
 from popen.errors import explain
+from popen.pipeline import CloneError, find_root
 from popen.stages.artifacts import BUNDLE
 
 if TYPE_CHECKING:
@@ -35,16 +37,17 @@ class UsageError(ValueError):
 @app.command()
 def scenes(
     out: Annotated[Path, typer.Argument(help="Folder to make; it must not exist or be empty.")],
-    params: Annotated[Path, typer.Option(help="Parameter file; its group `scenes` is used.")] = Path(
-        "params.yaml"
-    ),
+    params: Annotated[
+        Path | None,
+        typer.Option(help="Parameter file; its group `scenes` is used.", show_default="params.yaml"),
+    ] = None,
 ) -> None:
     """Draw table-top scenes and write them in the layouts of MUSE, RefCOCO, ReasonSeg and GranD_f."""
     from popen import params as parameters
     from popen.data.scenes.export import write_tree
 
     _must_be_new(out)
-    write_tree(out, parameters.load(params).scenes)
+    write_tree(out, parameters.load(params or find_root(Path.cwd()) / "params.yaml").scenes)
     typer.echo(f"wrote {out}")
 
 
@@ -87,7 +90,6 @@ def plan(
     Takes half a minute for a large one, and downloads nothing.
     """
     from popen import params as parameters
-    from popen.pipeline import find_root
     from popen.stages.run import quiet
 
     quiet()
@@ -105,7 +107,10 @@ def predict(
     question: Annotated[
         str, typer.Argument(metavar="QUESTION", help='For example: "what would i need to eat soup?"')
     ],
-    model: Annotated[Path, typer.Option(metavar="FOLDER", help="A trained model.")] = BUNDLE,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A trained model.", show_default=str(BUNDLE)),
+    ] = None,
     ensemble: Annotated[
         int, typer.Option(min=1, metavar="N", help="Members of the preference ensemble; 1: one answer.")
     ] = 1,
@@ -138,6 +143,10 @@ def predict(
         raise UsageError(
             'the question is empty; ask one, for example "where is the second cup from the left?"'
         )
+    if model is None:  # that of the clone, from whichever of its folders
+        with contextlib.suppress(CloneError):
+            model = find_root(Path.cwd()) / BUNDLE
+        model = model or BUNDLE
     if not any((model / name).is_file() for name in ("settings.json", "config.json")):
         raise UsageError(f"{model}: no model there; run `make repro` first or name another one with --model")
     path = image.resolve()
@@ -155,10 +164,10 @@ def predict(
     from popen.evaluation.overlay import overlay
     from popen.masks import decode
 
+    typer.echo(spoken(prediction))
     masks = [decode(rle) for rle in prediction.masks]
     overlay(opened, masks, prediction.text, question, size=960).save(picture, format="PNG")
     record.write_text(to_json(prediction, image, question), encoding="utf-8")
-    typer.echo(spoken(prediction))
     typer.echo(f"wrote {picture} and {record}", err=True)
 
 
@@ -199,6 +208,8 @@ def main() -> None:
         app()
     except Exception as error:
         text = explain(error)
+        if text is None and isinstance(error, OSError) and error.filename:
+            text = f"{error.filename}: {(error.strerror or 'cannot be used').lower()}; name another place"
         if text is None or os.environ.get("POPEN_DEBUG"):
             raise
         print(f"popen: error: {text}", file=sys.stderr)

@@ -33,9 +33,10 @@ def check(
         bool, typer.Option("--decode", help="Decode every image; else its header is read.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything found as JSON.")] = False,
-    params: Annotated[Path, typer.Option(help="Parameter file: data.max_pixels, contract.")] = Path(
-        "params.yaml"
-    ),
+    params: Annotated[
+        Path | None,
+        typer.Option(help="Parameter file: data.max_pixels, contract.", show_default="params.yaml"),
+    ] = None,
 ) -> None:
     """Say what the tree holds, what is missing and what is broken; exit with 1 where anything is."""
     import json
@@ -43,8 +44,9 @@ def check(
     from popen import params as parameters
     from popen.data.check import check, names, table
     from popen.data.tree import specs
+    from popen.pipeline import find_root
 
-    settings = parameters.load(params)
+    settings = parameters.load(params or find_root(Path.cwd()) / "params.yaml")
     wanted = names(root, splits or [], own)
     if not specs(root) and not as_json:
         typer.echo(f"{root}: no split of any known layout in it; is it the right folder?\n")

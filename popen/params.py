@@ -76,7 +76,8 @@ class VisionParams(Group):
     name: str  # an open_clip model ("ViT-L-14-336"), or "timm:resnet10t": a tower of that shape, untrained
     pretrained: str  # open_clip tag ("openai") or a file; empty: `pretrain_vision` trains it
     image_size: Positive
-    levels: list[Level]  # intermediate features that the decoder sees, coarse to fine (ViT: blocks)
+    # intermediate features that the decoder sees, coarse to fine (ViT: blocks)
+    levels: list[Level] = Field(min_length=1)
     shuffle: Positive  # image tokens given to the LM: shuffle x shuffle places become one token
 
     @property
@@ -84,25 +85,36 @@ class VisionParams(Group):
         return not self.pretrained
 
 
-class LanguageParams(Group):
+class _Attention(Group):
+    """A part whose heads share its width."""
+
+    width: Positive
+    heads: Positive
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        return self
+
+
+class LanguageParams(_Attention):
     name: str  # a causal LM by hub name or folder, or "custom": a Llama from the numbers below
     vocab: Positive
-    width: Positive
     layers: Positive
-    heads: Positive
     intermediate: Positive
     max_length: Positive  # tokens of image, question and answer together
     lora_r: int = Field(ge=0)  # 0: the language model trains in full
-    lora_alpha: Positive
+    lora_alpha: Positive  # what the adapters add is multiplied by lora_alpha / lora_r
     lora_targets: list[str]
     # defaults: models saved before these two have neither
     dtype: Literal["float32", "bfloat16"] = "float32"  # of weights frozen under LoRA; what trains is float32
     checkpointing: bool = False  # training keeps each block's input alone and computes the rest again
 
 
-class DecoderParams(Group):
-    width: Positive  # C
-    heads: Positive
+class DecoderParams(_Attention):
+    """`width` is C."""
+
     layers: Positive  # two-way blocks a scale
     tokens: Positive  # K, codebook tokens a scale; the number of scales S is len(vision.levels)
     detail: int = Field(ge=0)  # channels of the RGB branch; 0: none
@@ -121,7 +133,7 @@ class TrainParams(Group):
     """What every training stage shares."""
 
     steps: Positive
-    images: Positive  # images a step, of all devices together
+    images: Positive  # images a micro-batch, of all devices together; a step takes images x accumulate
     accumulate: Positive
     lr: float = Field(gt=0)
     muon: float = Field(ge=0)  # learning rate of Muon for matrices of the LM's blocks; 0: AdamW for all
@@ -202,31 +214,31 @@ class AlignParams(Group):
 
     train: TrainParams
     text: float  # weight of L_t; 0 leaves it out
-    beta_t: float
-    gamma: float  # weight of the changed tokens
+    beta_t: float = Field(gt=0)  # DPO's beta of L_t
+    gamma: float = Field(gt=0)  # weight of the changed tokens
     mask: float  # weight of L_s
-    mask_form: Literal["embedding", "mask"]
-    beta_s: float
+    mask_form: Literal["embedding", "mask"]  # what L_s compares: embeddings' distances, or masks' pixels
+    beta_s: float = Field(gt=0)  # DPO's beta of L_s, on a scale of its own in each form
     anchor: float  # of the SFT loss on the corrected answers and their masks
 
 
 class CalibrateParams(Group):
-    thresholds: list[float]  # logits tried on validation
+    thresholds: list[float] = Field(min_length=1)  # logits tried on validation
     questions: Positive  # at most, from the validation split
 
 
 class EnsembleParams(Group):
     members: Positive  # M
-    mode: Literal["attention", "mean", "best", "probability"]
-    score: Literal["calibrated", "reward"]
-    temperature: float
-    sigma: float
+    mode: Literal["attention", "mean", "best", "probability"]  # what is made of the members' embeddings
+    score: Literal["calibrated", "reward"]  # fitted on validation, or log pi - log pi_ref
+    temperature: float = Field(gt=0)  # of the words that the members sample
+    sigma: float = Field(ge=0)  # noise in the members' images, in parts of the pixel range
     side: Sides
     steps: Positive  # training of the attention
 
 
 class EvaluateParams(Group):
-    batch: Positive
+    batch: Positive  # questions at once
     max_new_tokens: Positive
     bootstrap: Positive  # resamples
 
@@ -243,13 +255,17 @@ class GateParams(Group):
     tolerated: dict[Metric, Share]  # largest loss of each other metric, as measured
 
 
+System = Literal["sft", "control", "chosen", "popen", "popen+ensemble"]
+NEEDED = ("train", "preference", "val")  # roles that stages read whatever is evaluated
+
+
 class Params(Group):
-    seed: int
+    seed: int  # of every stage's randomness; the scenes have their own
     data: DataParams
     scenes: ScenesParams
     contract: ContractParams
-    benchmarks: list[str]
-    systems: list[str]
+    benchmarks: list[str] = Field(min_length=1)  # roles that are evaluated
+    systems: list[System] = Field(min_length=1)  # which answer them
     model: ModelParams
     pretrain_vision: TrainParams
     sft: SftParams
@@ -267,6 +283,15 @@ class Params(Group):
             raise ValueError("sft.vision must be 0: weights that model.vision.pretrained names are frozen")
         return self
 
+    @model_validator(mode="after")
+    def _roles_are_there(self) -> Self:
+        for key, names in (("data.splits", NEEDED), ("benchmarks", self.benchmarks)):
+            for name in names:
+                if name not in self.data.splits:
+                    known = ", ".join(self.data.splits)
+                    raise ValueError(f"{key}: data.splits has no role {name!r}; it has {known}")
+        return self
+
 
 class ParamsError(ValueError):
     """`params.yaml` cannot be used; the message names the key and what is wrong with it."""
@@ -277,7 +302,7 @@ def load(path: Path = Path("params.yaml")) -> Params:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ParamsError(f"{path}: no such file; run inside a clone of the project") from None
+        raise ParamsError(f"{path}: no such file; name another one, or run inside a clone") from None
     except yaml.YAMLError as error:
         raise ParamsError(f"{path} is not valid YAML: {error}") from None
     return _checked(raw, str(path))
@@ -297,8 +322,12 @@ def compose(conf: Path, choices: list[str]) -> Params:
         with initialize_config_dir(str(conf.resolve()), version_base=None):
             raw = OmegaConf.to_object(hydra_compose("config", overrides=choices))
     except HydraException as error:
+        for group, _, name in (choice.partition("=") for choice in choices):
+            known = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+            if known and name not in known:
+                raise ParamsError(f"{conf / group} has no {name!r}; it has {', '.join(known)}") from None
         raise ParamsError(f"{conf}, {' '.join(choices)}: {' '.join(str(error).split())}") from None
-    return _checked(raw, f"{conf}, {' '.join(choices)}")
+    return _checked(raw, " with ".join(["params.yaml", *choices]))
 
 
 def _checked(raw: object, where: str) -> Params:
@@ -308,5 +337,9 @@ def _checked(raw: object, where: str) -> Params:
         return Params.model_validate(raw)
     except ValidationError as error:
         said = {"extra_forbidden": "there is no such parameter", "missing": "is missing"}
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {said.get(e['type'], e['msg'])}" for e in error.errors()]
+        lines = [
+            "  " + ": ".join([*filter(None, [".".join(map(str, e["loc"]))]), said.get(e["type"], e["msg"])])
+            for e in error.errors()
+        ]
+        lines = [line.replace("Value error, ", "", 1) for line in lines]
         raise ParamsError(f"{where} does not fit:\n" + "\n".join(lines)) from None

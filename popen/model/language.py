@@ -137,16 +137,20 @@ def _with_adapters(language: Any, params: LanguageParams, new: Sequence[int]) ->
 
     ends = (language.get_input_embeddings(), language.get_output_embeddings())
     names = [name for name, module in language.named_modules() if any(module is end for end in ends)]
-    language = get_peft_model(
-        language,
-        LoraConfig(
-            r=params.lora_r,
-            lora_alpha=params.lora_alpha,
-            target_modules=params.lora_targets,
-            trainable_token_indices={name: list(new) for name in names},
-            task_type="CAUSAL_LM",
-        ),
+    config = LoraConfig(
+        r=params.lora_r,
+        lora_alpha=params.lora_alpha,
+        target_modules=params.lora_targets,
+        trainable_token_indices={name: list(new) for name in names},
+        task_type="CAUSAL_LM",
     )
+    try:
+        language = get_peft_model(language, config)
+    except ValueError as error:
+        raise ModelError(
+            f"model.language.lora_targets: {params.lora_targets} are not layers of {params.name} "
+            f"({flat(error)})"
+        ) from error
     for parameter in language.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

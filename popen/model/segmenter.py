@@ -77,6 +77,11 @@ class Segmenter(nn.Module):
         names = token_names(scales, params.decoder.tokens)
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE, *names]})
         self.tower = Tower(params.vision, pretrained)
+        grid, shuffle = self.tower.grids[0], params.vision.shuffle
+        if grid % shuffle:
+            raise ModelError(
+                f"model.vision.shuffle: {shuffle} does not divide the tower's {grid} places a side"
+            )
         self.language, projector = build_language(
             params.language, tokenizer, tokenizer.convert_tokens_to_ids(names), pretrained
         )

@@ -74,14 +74,20 @@ def _build(params: VisionParams, pretrained: bool) -> nn.Module:
     from open_clip.timm_model import TimmModel
 
     if params.name.startswith(OWN):
-        net = TimmModel(
-            params.name.removeprefix(OWN),
-            embed_dim=1,
-            image_size=params.image_size,
-            pool="avg",
-            proj="linear",
-        )
-        net.trunk.prune_intermediate_layers(params.levels, prune_head=True)
+        try:
+            net = TimmModel(
+                params.name.removeprefix(OWN),
+                embed_dim=1,
+                image_size=params.image_size,
+                pool="avg",
+                proj="linear",
+            )
+            net.trunk.prune_intermediate_layers(params.levels, prune_head=True)
+        except Exception as error:  # of timm: an unknown name, a level that is not there
+            raise ModelError(
+                f"model.vision: {params.name} with the levels {params.levels} cannot be built "
+                f"({flat(error)}); name a tower of timm's, and levels that it has"
+            ) from error
         net.head = nn.Identity()
         return net
     try:

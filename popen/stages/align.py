@@ -38,4 +38,6 @@ def main(part: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in ([part] for part in FROM_TO):
+        sys.exit(f"usage: python -m popen.stages.align {'|'.join(FROM_TO)}")
     main(sys.argv[1])

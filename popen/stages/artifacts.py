@@ -18,14 +18,21 @@ THRESHOLDS = Path("artifacts/thresholds.json")
 CURVES = Path("artifacts/curves")
 
 
+class MissingError(RuntimeError):
+    """What an earlier stage makes is not there; the message names the stage."""
+
+
 def index(role: str) -> Path:
     """The validated samples of a role, a file."""
     return INDEX / f"{role}.jsonl"
 
 
 def samples(role: str) -> list[Sample]:
-    """The validated samples of a role."""
-    return list(read_index(index(role)))
+    """The validated samples of a role. Raises MissingError."""
+    path = index(role)
+    if not path.is_file():
+        raise MissingError(f"{path}: no such file; run the stage validate first (dvc repro validate)")
+    return list(read_index(path))
 
 
 def predictions(benchmark: str, system: str) -> Path:

@@ -72,4 +72,6 @@ def main(benchmark: str, system: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m popen.stages.evaluate BENCHMARK SYSTEM")
     main(sys.argv[1], sys.argv[2])
