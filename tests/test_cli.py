@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from popen.cli import spoken, to_json
 from popen.evaluation.prediction import Prediction
 from popen.masks import decode, encode
 
+ROOT = Path(__file__).parents[1]
 POPEN = Path(sys.executable).with_name("popen")
 
 
@@ -107,7 +109,21 @@ def test_scenes_go_into_a_new_folder_only(folder: Path) -> None:
     assert done.stderr.startswith("popen: error: model exists and is not an empty folder")
     done = popen("scenes", "new", cwd=folder)
     assert done.returncode == 1
-    assert done.stderr.startswith("popen: error: params.yaml: no such file")
+    assert done.stderr.startswith(f"popen: error: {folder}: not inside a clone of the project")
+
+
+def test_defaults_are_those_of_the_clone_in_all_of_its_folders(folder: Path, tmp_path: Path) -> None:
+    inside = tmp_path / "clone" / "deep"
+    inside.mkdir(parents=True)
+    (tmp_path / "clone/.dvc").mkdir()
+    shutil.copy(ROOT / "params.yaml", tmp_path / "clone")
+    asked = popen("predict", str(folder / "cup.png"), "Where?", cwd=inside)
+    assert asked.stderr.startswith(
+        f"popen: error: {tmp_path / 'clone'}/artifacts/models/popen+ensemble: no model"
+    )
+    drawn = popen("scenes", "/proc/scenes", cwd=inside)  # where nobody can write
+    assert (drawn.returncode, drawn.stderr.count("\n")) == (1, 1)
+    assert drawn.stderr.endswith("; name another place\n")
 
 
 def test_an_answer_in_words_and_as_json() -> None:

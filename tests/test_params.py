@@ -61,6 +61,26 @@ def _corrections_elsewhere(raw: Any) -> None:
     raw["text_preferences"]["people"]["file"] = "../answers.jsonl"  # DVC would not see it change
 
 
+def _two_masks(raw: Any) -> None:
+    raw["mask_preferences"]["perturbed"] = 2  # no medium between a high and a low
+
+
+def _no_such_role(raw: Any) -> None:
+    raw["benchmarks"] = ["muse_tset_less"]  # would have cost all trainings
+
+
+def _no_role_to_learn_from(raw: Any) -> None:
+    del raw["data"]["splits"]["train"]
+
+
+def _no_such_system(raw: Any) -> None:
+    raw["systems"] = ["sfx"]
+
+
+def _heads_too_many(raw: Any) -> None:
+    raw["model"]["decoder"]["heads"] = 5
+
+
 def _sides_in_the_wrong_order(raw: Any) -> None:
     raw["mask_preferences"]["side"] = [0.5, 0.2]
 
@@ -77,6 +97,11 @@ def _sides_in_the_wrong_order(raw: Any) -> None:
         (_judge_without_a_model, "text_preferences", "needs judge.model"),
         (_unknown_of_the_judge, "text_preferences.judge.api_key", "there is no such parameter"),
         (_corrections_elsewhere, "text_preferences.people.file", "should match pattern"),
+        (_two_masks, "mask_preferences.perturbed", "greater than or equal to 3"),
+        (_no_such_role, "benchmarks", "no role 'muse_tset_less'; it has "),
+        (_no_role_to_learn_from, "data.splits", "no role 'train'"),
+        (_no_such_system, "systems.0", "'popen+ensemble'"),
+        (_heads_too_many, "model.decoder", "width 96 is no multiple of heads 5"),
         (_not_a_choice, "ensemble.mode", "'attention', 'mean'"),
     ],
 )
@@ -100,20 +125,23 @@ def test_published_towers_stay_frozen(tmp_path: Path) -> None:
     raw = yaml.safe_load(PARAMS.read_text())
     raw["model"]["vision"]["pretrained"] = "openai"
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
-    with pytest.raises(ParamsError, match=r"sft\.vision must be 0"):
+    with pytest.raises(ParamsError, match=r"\n  sft\.vision must be 0"):
         load(tmp_path / "params.yaml")
 
 
 def test_a_role_that_is_null_is_left_out(tmp_path: Path) -> None:
     raw = yaml.safe_load(PARAMS.read_text())
     raw["data"]["splits"]["refcoco"] = None
+    raw["benchmarks"].remove("refcoco")
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     left = load(PARAMS).data.splits.keys() - load(tmp_path / "params.yaml").data.splits.keys()
     assert left == {"refcoco"}
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ParamsError, match=r"params\.yaml: no such file; run inside a clone"):
+    with pytest.raises(
+        ParamsError, match=r"params\.yaml: no such file; name another one, or run inside a clone"
+    ):
         load(tmp_path / "params.yaml")
     (tmp_path / "params.yaml").write_text("a: [1")
     with pytest.raises(ParamsError, match="is not valid YAML"):

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +23,18 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
-from flows.retraining import RetrainError, due, retrain
+from flows.retraining import RetrainError, check_up_to_date, due, retrain
+from flows.stage_process import reproduce
 from popen.ensemble.attention import RefinementAttention
 from popen.model.language import train_tokenizer
 from popen.model.segmenter import Segmenter
 from popen.predict import write_bundle
-from popen.promotion import registry
-from popen.promotion.gate import GateError
+from popen.promotion import challenge, registry
+from popen.promotion.gate import GateError, Verdict, judge
 from popen.samples import Sample
 from tests.conftest import CATEGORIES, mini_params
 from tests.data.trees import MSCOCO
+from tests.flows.conftest import Make, stage
 from tests.test_predict import SCORE, settings
 from tests.waiting import until
 
@@ -185,7 +188,9 @@ def named(root: Path) -> dict[str, str]:
     return registry.aliases(registry.connect(root))
 
 
-def test_from_the_first_model_to_a_refused_one(project: Path, prefect: None, data: Data) -> None:
+def test_from_the_first_model_to_a_refused_one(
+    project: Path, prefect: None, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pictures, samples = data
     words = retrain(max_age_days=None)  # a bad model, and yet the first
     assert words.startswith("Version 1 is the champion.")
@@ -193,6 +198,8 @@ def test_from_the_first_model_to_a_refused_one(project: Path, prefect: None, dat
     assert words.endswith("Made because there is no champion yet.")
     assert named(project) == {"champion": "1"}
     assert retrain().startswith("Nothing to do")
+    again = challenge.challenge(project, project, "the answer to the promotion was lost")
+    assert again.words.startswith("Version 1 is the champion already: these results are its own.\n\nPassed: ")
 
     (project / "weights/chosen").write_text("good")
     write(project, "train", samples[:3], pictures)
@@ -203,6 +210,19 @@ def test_from_the_first_model_to_a_refused_one(project: Path, prefect: None, dat
 
     (project / "weights/chosen").write_text("bad")
     write(project, "train", samples, pictures)
+    lock = (project / "dvc.lock").read_bytes
+    made = []
+
+    def late(*rows: Any) -> Verdict:
+        made.append(lock())
+        (project / "dvc.lock").write_bytes(lock() + b"# another pipeline wrote here\n")
+        return judge(*rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(challenge, "judge", late)
+        with pytest.raises(registry.RegistryError, match="changed while version 3 was judged"):
+            retrain()
+    (project / "dvc.lock").write_bytes(made[0])
     words = retrain()
     assert words.startswith("Version 3 stays a challenger. Champion before: version 2.\n\nRefused: ")
     assert "- BROKEN: gIoU_matched: " in words
@@ -287,6 +307,23 @@ def test_a_gate_that_nothing_answers_stops_at_once(project: Path, prefect: None)
             retrain()
     finally:
         path.write_text(text)
+
+
+def test_what_is_not_up_to_date_any_more_is_not_registered(make: Make) -> None:
+    """Somebody edits a parameter while later stages run: dvc.lock and params.yaml would not fit."""
+    root = make(
+        {
+            "a": stage("echo ${x} > a.txt", "a.txt", params=["x"]),
+            "b": stage("cp a.txt b.txt", "b.txt", "a.txt"),
+        },
+        x=1,
+    )
+    for name in ("a", "b"):
+        reproduce(root, name, print, stop=threading.Event())
+    check_up_to_date(root)
+    (root / "params.yaml").write_text("x: 2\n")
+    with pytest.raises(RetrainError, match="nothing was registered: a would run again"):
+        check_up_to_date(root)
 
 
 def test_when_a_new_model_is_due() -> None:

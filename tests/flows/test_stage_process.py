@@ -172,6 +172,20 @@ def test_what_ends_while_it_is_looked_at_is_no_zombie_afterwards(monkeypatch: py
     assert not psutil.pid_exists(process.pid)
 
 
+def test_what_a_stage_started_in_a_group_of_its_own_ends_with_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun starts the processes of a stage on several devices; these do not listen."""
+    monkeypatch.setattr(stage_process, "GRACE", 1.0)
+    root = make(
+        {"a": stage("setsid sh -c \"trap '' TERM; sleep 7776; sleep 7777\" & wait; echo 1 > a.txt", "a.txt")}
+    )
+    with pytest.raises(StageTimeout):
+        run(root, "a", timeout=3.0)
+    assert not sleepers("7776")
+    assert not sleepers("7777")
+
+
 def make_cheap(root: Path) -> Path:
     (root / "dvc.yaml").write_text((root / "dvc.yaml").read_text().replace("sleep 7774; ", ""))
     return root

@@ -110,6 +110,10 @@ def test_a_tower_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         Tower(vit(pretrained="openay"))
     with pytest.raises(ModelError, match="cannot be built"):
         Tower(vit(levels=(7, 0)))
+    for name, levels in (("timm:resnot", [0]), ("timm:test_resnet", [9])):
+        own = VisionParams(name=name, pretrained="", image_size=32, levels=levels, shuffle=1)
+        with pytest.raises(ModelError, match=f"{name} with the levels .* cannot be built"):
+            Tower(own)
 
 
 def test_a_named_tower_is_a_change_of_parameters_alone(
