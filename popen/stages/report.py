@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def _there(path: Path, maker: str) -> Path:
     return path
 
 
-def collect(root: Path, benchmarks: list[str], systems: list[str]) -> Evaluated:
+def collect(root: Path, benchmarks: Sequence[str], systems: Sequence[str]) -> Evaluated:
     """Read questions, predictions and figures below the project's root; adds the pooled MUSE test set."""
     found = Evaluated()
     for name in tqdm(benchmarks, desc="reading predictions", unit="benchmark"):

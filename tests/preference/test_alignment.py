@@ -28,7 +28,6 @@ LOG2 = math.log(2.0)
 TRAIN = TrainParams(
     steps=1,
     images=1,
-    questions=1,
     accumulate=1,
     lr=1e-3,
     muon=0.0,
