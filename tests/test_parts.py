@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from popen.evaluation.answering import Timed, answer_batch, answers, prediction
+from popen.evaluation.answering import Timed, answer_batch, prediction
 from popen.evaluation.benchmark import rows, summarise
 from popen.evaluation.prediction import Prediction, read_predictions, write_predictions
 from popen.model.segmenter import Segmenter
@@ -125,7 +125,11 @@ def test_two_processes_make_the_preference_data_and_answers_of_one(
     texts_one = texts(taught, data)
     masks_one = mask_pairs(taught, root, texts_one, MASKS, 3, 2000, 0)
     params = EvaluateParams(batch=3, max_new_tokens=24, bootstrap=10)
-    told = predictions_of(answers(taught, root, samples, params, 2000, "test"))
+    told = predictions_of(
+        one
+        for start in (0, 3)
+        for one in answer_batch(taught, root, samples[start : start + 3], params, 2000)
+    )
 
     def work() -> Any:
         parts = Parts(tmp_path / "text", write_records, read_records)

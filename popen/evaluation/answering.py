@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from popen.data.images import open_image
 from popen.evaluation.prediction import Prediction
@@ -47,14 +46,6 @@ def prediction(sample: Sample, answer: Answer, threshold: float, seconds: float)
     )
 
 
-def batches(samples: Sequence[Sample], size: int) -> Iterator[tuple[Sequence[Sample], list[str], list[Row]]]:
-    """Slices of at most `size` questions, with the images they need and their rows."""
-    for start in range(0, len(samples), size):
-        part = samples[start : start + size]
-        images = sorted({sample.image for sample in part})
-        yield part, images, [Row(images.index(sample.image), sample.question) for sample in part]
-
-
 Timed = tuple[Sample, Answer, float]  # with the seconds of the question (its share of its batch)
 
 
@@ -63,25 +54,10 @@ def answer_batch(
     model: Segmenter, root: Path, samples: Sequence[Sample], params: EvaluateParams, max_pixels: int
 ) -> list[Timed]:
     """Greedy answers to at most `params.batch` questions."""
-    ((part, images, rows),) = batches(samples, params.batch)
     start = time.perf_counter()
+    images = sorted({sample.image for sample in samples})  # several may be about one
+    rows = [Row(images.index(sample.image), sample.question) for sample in samples]
     opened = [open_image(root, image, max_pixels) for image in images]
     found = generate(model, opened, rows, params.max_new_tokens)
-    seconds = (time.perf_counter() - start) / len(part)
-    return [(sample, answer, seconds) for sample, answer in zip(part, found, strict=True)]
-
-
-def answers(
-    model: Segmenter,
-    root: Path,
-    samples: Sequence[Sample],
-    params: EvaluateParams,
-    max_pixels: int,
-    name: str,
-) -> Iterator[Timed]:
-    """Greedy answers in the order of `samples`."""
-    with tqdm(total=len(samples), desc=name, unit="question", mininterval=2.0) as bar:
-        for start in range(0, len(samples), params.batch):
-            found = answer_batch(model, root, samples[start : start + params.batch], params, max_pixels)
-            yield from found
-            bar.update(len(found))
+    seconds = (time.perf_counter() - start) / len(samples)
+    return [(sample, answer, seconds) for sample, answer in zip(samples, found, strict=True)]

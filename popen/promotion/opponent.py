@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 from pandas import DataFrame
 
 from popen import devices
-from popen.evaluation.answering import answers, prediction
+from popen.evaluation.answering import prediction
 from popen.evaluation.benchmark import rows
 from popen.evaluation.prediction import read_predictions
 from popen.params import Params
+from popen.parts import in_batches
 from popen.predict import load_ensemble
 from popen.promotion.gate import GateError
 from popen.samples import Sample, read_index
 from popen.stages.artifacts import index, predictions
-from popen.stages.systems import ensemble_answers
+from popen.stages.systems import answerer
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -54,11 +55,9 @@ def champion_rows(bundle: Path, root: Path, params: Params, asked: Sequence[Samp
     loaded, settings = load_ensemble(bundle)
     ensemble = loaded.to(devices.device())
     longest = params.evaluate.model_copy(update={"max_new_tokens": settings.max_new_tokens})
-    here = params.model_copy(update={"data": data, "evaluate": longest})
-    if params.gate.system == "popen":
-        found = answers(ensemble.model, Path(data.root), asked, longest, data.max_pixels, "champion")
-    else:
-        found = ensemble_answers(ensemble, here, asked, settings.ensemble.members, "champion")
+    here = params.model_copy(update={"data": data, "evaluate": longest, "ensemble": settings.ensemble})
+    ask = answerer(ensemble.model if params.gate.system == "popen" else ensemble, here, asked)
+    found = in_batches(range(0, len(asked), longest.batch), ask, "champion", None)
     said = [prediction(sample, answer, settings.threshold, seconds) for sample, answer, seconds in found]
     return rows(asked, said)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from popen.data.images import open_image
 from popen.ensemble.members import Ensemble
@@ -31,22 +30,6 @@ def ensemble_batch(
     found = ensemble.answer(images, questions, count, params.evaluate.max_new_tokens, params.seed + start)
     seconds = (time.perf_counter() - began) / len(samples)
     return [(sample, answer, seconds) for sample, answer in zip(samples, found, strict=True)]
-
-
-def ensemble_answers(
-    ensemble: Ensemble,
-    params: Params,
-    samples: Sequence[Sample],
-    count: int,
-    name: str,
-) -> Iterator[Timed]:
-    """The ensemble's answers in the order of `samples`, with the seconds a question."""
-    size = params.evaluate.batch
-    with tqdm(total=len(samples), desc=name, unit="question", mininterval=2.0) as bar:
-        for start in range(0, len(samples), size):
-            found = ensemble_batch(ensemble, params, samples[start : start + size], count, start)
-            yield from found
-            bar.update(len(found))
 
 
 def load(system: str, device: torch.device) -> Segmenter | Ensemble:

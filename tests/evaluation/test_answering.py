@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from popen.evaluation.answering import answers, batches, confidence, prediction, resize_logits
+from popen.evaluation import answering
+from popen.evaluation.answering import answer_batch, confidence, prediction, resize_logits
 from popen.masks import area, decode
 from popen.model.batches import Row
 from popen.model.generate import Answer, generate
@@ -57,18 +58,19 @@ def test_a_prediction_cuts_at_the_threshold_and_at_the_images_size(sample: Sampl
     assert found.confidence == pytest.approx(float(torch.tensor(1.0).sigmoid()))
 
 
-def test_batches_open_an_image_once(sample: Sample) -> None:
-    asked = [
-        replace(sample, uid=str(number), image=image, question=f"{number}?")
-        for number, image in enumerate(["b", "a", "b", "a", "c"])
-    ]
-    slices = list(batches(asked, 3))
-    assert [[s.uid for s in part] for part, _, _ in slices] == [["0", "1", "2"], ["3", "4"]]
-    for part, images, rows in slices:
-        assert len(set(images)) == len(images)
-        assert [images[row.image] for row in rows] == [sample.image for sample in part]
-        assert [row.question for row in rows] == [sample.question for sample in part]
-        assert all(row.answer is None for row in rows)
+def test_an_image_is_opened_once(
+    taught: Segmenter, data: tuple[Path, list[Sample]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, samples = data
+    opened, reads = [], answering.open_image
+
+    def counted(folder: Path, image: str, pixels: int) -> Image.Image:
+        opened.append(image)
+        return reads(folder, image, pixels)
+
+    monkeypatch.setattr(answering, "open_image", counted)
+    answer_batch(taught, root, [samples[1], samples[0], samples[1]], PARAMS, 2000)
+    assert sorted(opened) == sorted({samples[0].image, samples[1].image})
 
 
 def test_answers_come_in_the_order_of_the_questions(
@@ -76,7 +78,8 @@ def test_answers_come_in_the_order_of_the_questions(
 ) -> None:
     root, samples = data
     asked = [samples[1], samples[0], samples[3], samples[1], samples[2]]
-    found = list(answers(taught, root, asked, PARAMS, 2000, "test"))
+    parts = [asked[: PARAMS.batch], asked[PARAMS.batch :]]
+    found = [one for part in parts for one in answer_batch(taught, root, part, PARAMS, 2000)]
     assert [sample for sample, _, _ in found] == asked
     for sample, answer, seconds in found:
         (alone,) = generate(taught, [Image.open(root / sample.image)], [Row(0, sample.question)], 24)

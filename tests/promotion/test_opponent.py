@@ -48,9 +48,9 @@ def test_the_champion_answers_every_question_and_is_loaded_once(
     assert len(loaded) == 1
 
 
-@pytest.mark.parametrize(("system", "by"), [("popen", "answers"), ("popen+ensemble", "ensemble_answers")])
+@pytest.mark.parametrize("system", ["popen", "popen+ensemble"])
 def test_the_champion_answers_on_the_device_of_a_stage(
-    system: str, by: str, weights: Path, data: tuple[Path, list[Sample]], monkeypatch: pytest.MonkeyPatch
+    system: str, weights: Path, data: tuple[Path, list[Sample]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device without values stands for the GPU: it shows where the weights are, and can answer nothing."""
 
@@ -62,6 +62,6 @@ def test_the_champion_answers_on_the_device_of_a_stage(
         raise Asked
 
     monkeypatch.setattr(devices, "device", lambda: torch.device("meta"))
-    monkeypatch.setattr(opponent, by, ask)
+    monkeypatch.setattr(opponent, "answerer", ask)
     with pytest.raises(Asked):
         champion_rows(weights, data[0], asks(system), data[1])
