@@ -69,10 +69,6 @@ def _no_such_role(raw: Any) -> None:
     raw["benchmarks"] = ["muse_tset_less"]  # would have cost all trainings
 
 
-def _no_role_to_learn_from(raw: Any) -> None:
-    del raw["data"]["splits"]["train"]
-
-
 def _no_such_system(raw: Any) -> None:
     raw["systems"] = ["sfx"]
 
@@ -99,7 +95,6 @@ def _sides_in_the_wrong_order(raw: Any) -> None:
         (_corrections_elsewhere, "text_preferences.people.file", "should match pattern"),
         (_two_masks, "mask_preferences.perturbed", "greater than or equal to 3"),
         (_no_such_role, "benchmarks", "no role 'muse_tset_less'; it has "),
-        (_no_role_to_learn_from, "data.splits", "no role 'train'"),
         (_no_such_system, "systems.0", "'popen+ensemble'"),
         (_heads_too_many, "model.decoder", "width 96 is no multiple of heads 5"),
         (_not_a_choice, "ensemble.mode", "'attention', 'mean'"),

@@ -31,7 +31,10 @@ def samples(role: str) -> list[Sample]:
     """The validated samples of a role. Raises MissingError."""
     path = index(role)
     if not path.is_file():
-        raise MissingError(f"{path}: no such file; run the stage validate first (dvc repro validate)")
+        raise MissingError(
+            f"{path}: no such file; run the stage validate first (dvc repro validate), with a role {role} in "
+            "data.splits"
+        )
     return list(read_index(path))
 
 
