@@ -43,6 +43,7 @@ def tolerate(clone: Path, share: float) -> None:
     params = yaml.safe_load(PARAMS.read_text())
     params["data"] |= {"root": "data", "splits": {"train": ["muse/train"], "val": ["muse/val"]}}
     params["contract"] |= {"tolerated": share}
+    params["benchmarks"] = ["val"]
     (clone / "params.yaml").write_text(yaml.safe_dump(params))
 
 
