@@ -18,10 +18,10 @@ export TOKENIZERS_PARALLELISM := false
 
 # DVC keeps an experiment (`make quick`) as a commit, which needs a name; where git knows none, this one.
 ifeq ($(shell git config user.email 2>/dev/null),)
-export GIT_AUTHOR_NAME := popen
-export GIT_AUTHOR_EMAIL := popen@localhost
-export GIT_COMMITTER_NAME := popen
-export GIT_COMMITTER_EMAIL := popen@localhost
+export GIT_AUTHOR_NAME ?= popen
+export GIT_AUTHOR_EMAIL ?= popen@localhost
+export GIT_COMMITTER_NAME ?= popen
+export GIT_COMMITTER_EMAIL ?= popen@localhost
 endif
 
 .PHONY: help repro quick test test-all lint format clean ui up down lock samples

@@ -219,11 +219,11 @@ def _experiment(name: str, targets: list[str], overrides: list[str], work: _Work
 
 def _identity(root: Path) -> dict[str, str]:
     """Variables that name a committer, where git knows none: DVC keeps an experiment as a commit."""
-    known = subprocess.run(["git", "config", "user.email"], cwd=root, capture_output=True).returncode == 0
+    if subprocess.run(["git", "config", "user.email"], cwd=root, capture_output=True).returncode == 0:
+        return {}
     values = {"NAME": "popen", "EMAIL": "popen@localhost"}
-    return (
-        {} if known else {f"GIT_{who}_{k}": v for who in ("AUTHOR", "COMMITTER") for k, v in values.items()}
-    )
+    named = {f"GIT_{who}_{k}": v for who in ("AUTHOR", "COMMITTER") for k, v in values.items()}
+    return {name: os.environ.get(name, value) for name, value in named.items()}
 
 
 def _storage(direction: str, work: _Work) -> None:

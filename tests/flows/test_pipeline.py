@@ -26,7 +26,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL
 
 from flows import pipeline
-from flows.pipeline import popen_pipeline, remote_failed
+from flows.pipeline import _identity, popen_pipeline, remote_failed
 from tests.flows.conftest import Make, commit, import_data, lock, stage, status
 from tests.pipeline.test_pipeline import make_clone, repro
 
@@ -208,6 +208,22 @@ def test_the_storage_of_the_data_may_come_back(
     assert failures == [True, True]
     assert tasks(state)["data.dvc"]["run_count"] == 3
     assert tasks(state)["a"]["run_count"] == 1
+
+
+def test_a_committer_is_named_where_git_knows_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC keeps an experiment as a commit, and fails without one: on a fresh machine."""
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", "/dev/null")
+    monkeypatch.setenv("GIT_AUTHOR_NAME", "me")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    assert _identity(tmp_path) == {
+        "GIT_AUTHOR_NAME": "me",
+        "GIT_AUTHOR_EMAIL": "popen@localhost",
+        "GIT_COMMITTER_NAME": "popen",
+        "GIT_COMMITTER_EMAIL": "popen@localhost",
+    }
+    subprocess.run(["git", "config", "user.email", "me@example.org"], cwd=tmp_path, check=True)
+    assert _identity(tmp_path) == {}
 
 
 def test_an_override_becomes_an_experiment(make: Make, start: Start) -> None:
