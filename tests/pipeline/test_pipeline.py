@@ -192,6 +192,15 @@ def test_reports_and_models_are_there(clone: Path) -> None:
     assert not list((clone / ".checkpoints").iterdir())  # nothing is left once the results are written
 
 
+def test_the_control_trains_by_all_losses_of_sft(clone: Path) -> None:
+    """A control that lacks some is a weaker one."""
+    sft, control = (
+        {name for name in (row.split(",")[1] for row in curve.read_text().splitlines()) if "train/" in name}
+        for curve in (clone / "artifacts/curves/sft.csv", clone / "artifacts/curves/control.csv")
+    )
+    assert {"train/ce", "train/bce", "train/aim", "train/describe"} <= sft == control
+
+
 def test_the_bundle_answers_on_the_command_line(clone: Path) -> None:
     image = next((clone / "samples/refer_seg/images/mscoco/images/train2014").iterdir())
     popen = ("python", "-c", "from popen.cli import main; main()")  # the clone's, not the one installed
