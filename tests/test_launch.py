@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -43,9 +42,7 @@ def test_the_one_that_fails_has_the_word(tmp_path: Path, ends: str, code: int, s
 
 
 @pytest.mark.skipif(
-    subprocess.run(["unshare", "-u", "true"], capture_output=True).returncode != 0
-    if shutil.which("unshare")
-    else True,
+    subprocess.run("unshare -u true", shell=True, capture_output=True).returncode != 0,
     reason="only root may give a process a machine's name of its own",
 )
 def test_a_machine_that_does_not_find_its_own_name_is_good_enough(tmp_path: Path) -> None:

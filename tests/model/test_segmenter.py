@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -171,6 +172,13 @@ def test_save_and_load(mini_model: Segmenter, picture: Image.Image, sample: Samp
     torch.testing.assert_close(again(batch).masks, mini_model(batch).masks)
     torch.testing.assert_close(again(batch).logits, mini_model(batch).logits)
     assert {p.name for p in tmp_path.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_image_tokens_that_cannot_be_put_together_are_refused(mini_model: Segmenter) -> None:
+    params = mini_model.params
+    three = params.model_copy(update={"vision": params.vision.model_copy(update={"shuffle": 3})})
+    with pytest.raises(ModelError, match=r"model\.vision\.shuffle: 3 does not divide the tower's 4 places"):
+        Segmenter(three, copy.deepcopy(mini_model.tokenizer), mini_model.categories)
 
 
 def test_load_names_what_is_wrong(mini_model: Segmenter, tmp_path: Path) -> None:
