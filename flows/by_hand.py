@@ -16,9 +16,11 @@ T = TypeVar("T")
 
 def spare_loopback() -> None:
     """No request to this machine goes through a proxy, whatever `HTTP_PROXY` says (for children, too)."""
-    for name in ("NO_PROXY", "no_proxy"):
-        hosts = [host for host in os.environ.get(name, "").split(",") if host]
-        os.environ[name] = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))
+    names = ("NO_PROXY", "no_proxy")
+    hosts = [host for name in names for host in os.environ.get(name, "").split(",") if host]
+    # in both, for of two that are there clients read one alone
+    spared = ",".join(dict.fromkeys([*hosts, "127.0.0.1", "localhost"]))
+    os.environ.update(dict.fromkeys(names, spared))
 
 
 def by_hand(flow: Callable[[], T]) -> T:

@@ -111,7 +111,8 @@ def _publish(work: _Work, experiment: str | None, status: tracking.Status) -> No
     try:
         if work.parent.id:
             run_page.publish_links(work.root, work.parent.id)
-        if status == "FINISHED":  # after a failure the files hold the results of an earlier run
+        # without `report`, or after a failure, the files hold the results of an earlier run
+        if status == "FINISHED" and (experiment or "report" in work.outcomes):
             run_page.publish_results(work.root, experiment)
     except Exception as error:  # a page that lacks its table must not fail a training
         get_run_logger().warning("The artifacts of this run were not made: %s", one_line(error))

@@ -73,7 +73,7 @@ def _retrain(root: Path, force: bool, max_age_days: float | None, share: bool) -
     validate(root, share)
     run_stages(None, force, share)
     check_up_to_date(root)
-    outcome = judge(root, home, reason)
+    outcome = register_and_judge(root, home, reason)
     get_run_logger().info(outcome.words)
     return f"{outcome.words}\n\nMade because {reason}."
 
@@ -109,22 +109,23 @@ def update_data(root: Path) -> None:
 
 
 def due(
-    champion: ModelVersion | None, data: str | None, force: bool, max_age_days: float | None, now: float
+    serving: ModelVersion | None, data: str | None, force: bool, max_age_days: float | None, now: float
 ) -> str | None:
-    """Why a new model is due, in words; None where none is. `data` is the hash of data/, `now` in seconds.
+    """Why a new model is due, in words; None where none is. `serving` is the champion, `data` the hash of
+    data/, `now` in seconds.
 
     The data is compared with the champion's and not with yesterday's, so that a run that broke off is
     taken up again.
     """
     if force:
         return "it was asked for (force)"
-    if champion is None:
+    if serving is None:
         return "there is no champion yet"
-    if champion.tags.get("data") != data:
-        return f"the data is not that of the champion (version {champion.version})"
-    days = (now - champion.creation_timestamp / 1000) / 86400
+    if serving.tags.get("data") != data:
+        return f"the data is not that of the champion (version {serving.version})"
+    days = (now - serving.creation_timestamp / 1000) / 86400
     if max_age_days is not None and days > max_age_days:
-        return f"the champion (version {champion.version}) is {days:.1f} days old, {max_age_days:g} allowed"
+        return f"the champion (version {serving.version}) is {days:.1f} days old, {max_age_days:g} allowed"
     return None
 
 
@@ -200,7 +201,7 @@ def champion(home: Path) -> ModelVersion | None:
 
 
 @task(name="challenge", task_run_name="challenge", **_PATIENT)
-def judge(root: Path, home: Path, reason: str) -> challenge.Outcome:
+def register_and_judge(root: Path, home: Path, reason: str) -> challenge.Outcome:
     """Register the results and promote them if they are better; whatever was done before is found again."""
     return challenge.challenge(root, home, reason)
 

@@ -168,7 +168,12 @@ def predict(
     masks = [decode(rle) for rle in prediction.masks]
     overlay(opened, masks, prediction.text, question, size=960).save(picture, format="PNG")
     record.write_text(to_json(prediction, image, question), encoding="utf-8")
-    typer.echo(f"wrote {picture} and {record}", err=True)
+    typer.echo(f"wrote {shown(picture)} and {shown(record)}", err=True)
+
+
+def shown(path: Path) -> str:
+    """A path as text; of a name that is not UTF-8 the odd bytes are replaced."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def spoken(prediction: Prediction) -> str:
@@ -192,7 +197,7 @@ def to_json(prediction: Prediction, image: Path, question: str) -> str:
     ]
     scores = {"loglik": prediction.loglik, "confidence": prediction.confidence}
     record = {
-        "image": str(image),
+        "image": shown(image),
         "question": question,
         "answer": prediction.text,
         "masks": masks,

@@ -5,7 +5,7 @@ A bundle, written by the stage `calibrate`, holds all that this needs:
     reference/              the one before alignment, where the members' score is the implicit reward
     score.json, attention.safetensors
     settings.json           threshold, ensemble parameters, longest answer
-A plain model folder (artifacts/sft, ...) will do for answers without an ensemble.
+A plain model folder (artifacts/models/sft, ...) will do for answers without an ensemble.
 """
 
 from __future__ import annotations

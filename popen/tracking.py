@@ -10,7 +10,6 @@ is used, which needs no "active run", so `MLFLOW_RUN_ID` and the like in the env
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +31,6 @@ from popen.mlflow_requests import (
 from popen.uploads import Task, Tries, Upload, Uploads
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
@@ -68,7 +66,6 @@ class Tracker:
         self.run_id: str | None = None  # set as soon as the run exists
         self.uri = tracking_uri(home)
         self._home = home
-        self._figures = tempfile.TemporaryDirectory(prefix="popen-figures-")  # until they are sent
         self._last_tries = last_tries
         self._owned_parent: str | None = None
         self._started = time.time()
@@ -116,13 +113,6 @@ class Tracker:
             raise FileNotFoundError(f"{path}: no such file to store with the run of stage {self.stage}")
         self.do(lambda client, run: mlflow_requests.log_path(client, run, path, folder), path.name)
 
-    def log_figure(self, figure: Figure, name: str) -> None:
-        """Store a matplotlib figure as `figures/<name>.png`."""
-        path = Path(self._figures.name, f"{name}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, bbox_inches="tight")
-        self.log_artifact(path, str(Path("figures", name).parent))
-
     def close(self, status: Status) -> None:
         """Send what is left and end the run. Say what was not recorded, and why."""
         self._ending, deadline = True, time.monotonic() + _PATIENCE
@@ -137,7 +127,6 @@ class Tracker:
             self._warn(f"{self._waiting()}{end} were not recorded in MLflow")
         for upload in self._uploads.waiting:
             self._warn(f"{upload.what} was not stored in MLflow ({upload.why})")
-        self._figures.cleanup()
 
     def _end(self, status: Status) -> bool:
         """End the run and the pipeline's, if they are open; returns whether that was possible."""
@@ -263,8 +252,6 @@ class Untracked(Tracker):
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None: ...
-
-    def log_figure(self, figure: Figure, name: str) -> None: ...
 
     def close(self, status: Status) -> None: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from popen.cli import spoken, to_json
+from popen.cli import shown, spoken, to_json
 from popen.evaluation.prediction import Prediction
 from popen.masks import decode, encode
 
@@ -140,3 +141,11 @@ def test_an_answer_in_words_and_as_json() -> None:
     assert [(mask["name"], mask["area"]) for mask in record["masks"]] == [("the red cup", 6), ("a fork", 1)]
     assert (decode(record["masks"][0]["rle"]) == left).all()
     assert (decode(record["masks"][1]["rle"]) == right).all()
+
+
+def test_a_file_whose_name_is_no_utf8_can_be_told() -> None:
+    odd = Path(os.fsdecode(b"caf\xe9.png"))  # written on a system with another encoding
+    answer = Prediction("", "nothing.", (), 0.0, 1.0, 0.0)
+    text = to_json(answer, odd, "was ist süß?")
+    assert json.loads(text.encode("utf-8"))["image"] == shown(odd) == "caf\ufffd.png"
+    assert "süß" in text

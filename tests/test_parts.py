@@ -123,7 +123,7 @@ def test_two_processes_make_the_preference_data_and_answers_of_one(
 ) -> None:
     root, samples = data
     texts_one = texts(taught, data)
-    masks_one = mask_pairs(taught, root, texts_one, MASKS, 3, 2000, 0)
+    masks_one = mask_pairs(taught, root, texts_one, MASKS, 3, 2000, 0, keep_masks=True)
     params = EvaluateParams(batch=3, max_new_tokens=24, bootstrap=10)
     told = predictions_of(
         one
@@ -135,7 +135,7 @@ def test_two_processes_make_the_preference_data_and_answers_of_one(
         parts = Parts(tmp_path / "text", write_records, read_records)
         pairs = list(text_pairs(taught, root, samples, TEXT, 3, 24, 2000, 0, parts=parts))
         masks = Parts(tmp_path / "masks", write_mask_pairs, read_mask_pairs)
-        ranked = mask_pairs(taught, root, texts_one, MASKS, 3, 2000, 0, masks)
+        ranked = mask_pairs(taught, root, texts_one, MASKS, 3, 2000, 0, keep_masks=True, parts=masks)
         predictions = Parts(tmp_path / "answers", write_predictions, read_predictions)
 
         def predict(start: int) -> list[Prediction]:

@@ -84,7 +84,7 @@ def _verdict(report: Report) -> str:
     return (
         f'<h1>Data contract</h1><p class="verdict {css}">{word}</p>'
         f'<p class="soft">{report.records:,} records read, {report.broken_share:.2%} of them broken, '
-        f"{report.tolerated:.2%} tolerated.</p>{failures}"
+        f"{report.tolerated:.2%} of a role tolerated.</p>{failures}"
     )
 
 
@@ -120,6 +120,7 @@ def _roles(report: Report) -> str:
         ("Images", "number"),
         ("Questions", "number"),
         ("Targets", "number"),
+        ("Broken", "number"),
     ]
     rows = [
         (
@@ -128,6 +129,7 @@ def _roles(report: Report) -> str:
             f"{len({sample.image for sample in samples}):,}",
             f"{len(samples):,}",
             f"{sum(len(sample.targets) for sample in samples):,}",
+            f"{report.shares[role]:.2%}",
         )
         for role, samples in report.samples.items()
     ]

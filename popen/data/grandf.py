@@ -97,24 +97,26 @@ def _read_eval(root: Path, split: str) -> Iterator[Sample | Broken]:
 
 
 def find_spans(labels: Sequence[str], caption: str) -> list[tuple[int, int]]:
-    """Where each label stands in the caption: its first place that no label before it took, whole
-    words and any case. Raises RecordError."""
-    taken: list[tuple[int, int]] = []
+    """Where each label stands in the caption: its first place that no other took, whole words and any case.
+    Longer labels come first, or "man" would take the place of "man in red"; equals in their order. Raises
+    RecordError."""
+    if not all(isinstance(label, str) and label.strip() for label in labels):
+        raise RecordError("a label is not a text")
+    taken: dict[int, tuple[int, int]] = {}
     text = caption.lower()
-    for label in labels:
-        if not isinstance(label, str) or not label.strip():
-            raise RecordError("a label is not a text")
+    for number in sorted(range(len(labels)), key=lambda n: -len(labels[n])):
+        label = labels[number]
         start = text.find(label.lower())
         while start >= 0:
             end = start + len(label)
             whole = not text[start - 1 : start].isalnum() and not text[end : end + 1].isalnum()
-            if whole and all(end <= first or start >= last for first, last in taken):
-                taken.append((start, end))
+            if whole and all(end <= first or start >= last for first, last in taken.values()):
+                taken[number] = start, end
                 break
             start = text.find(label.lower(), start + 1)
         else:
             raise RecordError(f"the label {label!r} is not in the caption")
-    return taken
+    return [taken[number] for number in range(len(labels))]
 
 
 def _span(positions: list[Any], phrase: str, caption: str) -> tuple[int, int]:

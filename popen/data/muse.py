@@ -69,14 +69,16 @@ def _parts(record: dict[str, Any]) -> tuple[int, int, tuple[Region, ...], list[o
 
 
 def _image(record: object) -> str:
-    """`coco_url` names folder and file (train2017/x.jpg); a bare `file_name` is of train2014."""
+    """`coco_url` names folder and file (train2017/x.jpg); a bare `file_name` is of train2014, as it is beside
+    one of COCO's old addresses, which name neither (http://mscoco.org/images/98304)."""
     if isinstance(record, dict) and record.get("coco_url"):
         url = take(record, "coco_url", str).split("/")
-        if len(url) < 2 or url[-2] not in ("train2014", "train2017", "val2017"):
+        if len(url) > 1 and url[-2] in ("train2014", "train2017", "val2017"):
+            return image_path(f"{TRAIN2014.rsplit('/', 1)[0]}/{url[-2]}", url[-1])
+        if not record.get("file_name"):
             raise RecordError(
                 f"the key 'coco_url' does not end in a COCO folder and file: {record['coco_url']!r}"
             )
-        return image_path(f"{TRAIN2014.rsplit('/', 1)[0]}/{url[-2]}", url[-1])
     return image_path(TRAIN2014, take(record, "file_name", str))
 
 

@@ -83,7 +83,7 @@ def paint(shapes: list[Any], height: int, width: int) -> tuple[Rle, Rle | None]:
     painted = []
     for shape in shapes:
         label = take(shape, "label", str).lower()
-        if "flag" in label:
+        if label == "flag":
             continue
         points = take(shape, "points", list)
         if not all(isinstance(point, list) and len(point) == 2 for point in points):

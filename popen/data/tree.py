@@ -22,6 +22,8 @@ SPLITS: dict[str, tuple[str, ...]] = {
 }
 _SPEC = re.compile(r"([a-z+]+)/(\w+)(?:\[(?:(\d{1,3})%)?:(?:(\d{1,3})%)?\])?")
 
+_OF_2017 = re.compile(r"/(?:train|val)2017/(\d{12})\.jpg$")
+
 
 class SplitError(FileNotFoundError):
     """A split is not known, or its files are not in the tree; the message says which are."""
@@ -41,8 +43,10 @@ class Spec:
         return f"{self.benchmark}/{self.split}"
 
     def holds(self, image: str) -> bool:
-        """Whether this part has the image; decided by the path alone, whatever else is in the split."""
-        place = int.from_bytes(hashlib.sha256(image.encode()).digest()[:8]) * 100 >> 64
+        """Whether this part has the image; decided by the path alone, whatever else is in the split. COCO
+        has a photograph in the folders of two years, and both paths are in the same part."""
+        key = _OF_2017.sub(r"/train2014/COCO_train2014_\1.jpg", image)
+        place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) * 100 >> 64
         return self.first <= place < self.last
 
 

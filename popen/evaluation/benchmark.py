@@ -60,13 +60,12 @@ def row(sample: Sample, prediction: Prediction, vocabulary: Vocabulary) -> dict[
         "targets": said.targets,
         "area_pred": int(np.count_nonzero(a)),
         "area_true": int(np.count_nonzero(b)),
-        "pairs": len(pairs),
+        "greedy": iou.greedy_mean(ious),
         "pairs_iou": sum(pairs),
         "pairs_intersection": sum(int(np.count_nonzero(predicted[i] & true[j])) for i, j in matched),
         "areas": sum(int(np.count_nonzero(mask)) for mask in (*predicted, *true)),
         "recalled": sum(pair >= 0.5 for pair in pairs),
         "hits": "".join("01"[hit] for hit in iou.hits(ious)),  # one a predicted mask, for AP50
-        "confidence": prediction.confidence,
         "answer": prediction.text,
         "reference": sample.answer,
         "seconds": prediction.seconds,
@@ -141,18 +140,18 @@ def _figures(table: DataFrame) -> dict[str, float | int | None]:
 
 
 def grandf(table: DataFrame) -> dict[str, float | None]:
-    """GranD_f's own figures (GLaMM, Rasheed et al. 2024): mIoU, AP50, mask recall, CIDEr, METEOR.
+    """GranD_f's own figures as GLaMM's code has them (Rasheed et al. 2024, `eval/gcg/evaluate.py`): mIoU,
+    AP50, mask recall, CIDEr, METEOR.
 
-    A detection's confidence is that of its answer. Recall asks IoU >= 0.5 of the matched pair, not that
-    the phrases agree as well.
+    mIoU is a mean over images; in AP50 all detections are equally sure. Other than there, recall matches by
+    the Hungarian method and asks IoU >= 0.5 of a pair, not that the phrases agree as well.
     """
     positives = np.array([hit == "1" for hit in "".join(table["hits"])], dtype=bool)
-    confidences = np.repeat(table["confidence"].to_numpy(np.float64), table["n_pred"].to_numpy())
     answers, references = list(table["answer"]), list(table["reference"])
-    pairs, targets = int(table["pairs"].sum()), int(table["n_true"].sum())
+    targets = int(table["n_true"].sum())
     values = {
-        "mIoU": float(table["pairs_iou"].sum()) / pairs if pairs else math.nan,
-        "AP50": iou.average_precision(positives, confidences, targets),
+        "mIoU": float(table["greedy"].mean()),
+        "AP50": iou.average_precision(positives, np.ones(len(positives)), targets),
         "recall": int(table["recalled"].sum()) / targets if targets else math.nan,
         "CIDEr": captions.cider(answers, references),
         "METEOR": captions.meteor(answers, references),

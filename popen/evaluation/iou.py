@@ -46,6 +46,17 @@ def matched_value(ious: Matrix) -> float:
     return 1.0 if larger == 0 else sum(float(ious[pair]) for pair in match(ious)) / larger
 
 
+def greedy_mean(ious: Matrix) -> float:
+    """GLaMM's mIoU of an image: the mean IoU of pairs (predicted, true), taken one by one, the largest first,
+    while two overlap; 0 where none do."""
+    left, taken = ious.copy(), list[float]()
+    while left.size and left.max() > 0:
+        row, column = np.unravel_index(left.argmax(), left.shape)
+        taken.append(float(left[row, column]))
+        left[row, :], left[:, column] = 0.0, 0.0
+    return sum(taken) / max(1, len(taken))
+
+
 def hits(ious: Matrix, threshold: float = 0.5) -> list[bool]:
     """Which detections are true positives, COCO's rule: in order, each takes its best target still free.
 

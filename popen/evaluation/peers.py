@@ -23,7 +23,8 @@ def per_target(rows: DataFrame) -> Figures:
     A target missed and a mask too many each count as a pair with an empty mask. gIoU divides the sum of the
     matched IoUs by the larger number, of targets or of masks, of each image; cIoU is the sum of the matched
     pairs' intersections over the sum of all pairs' unions. PixelLM matches by its mask losses and has a
-    language model judge the words as well; we match by IoU and judge no words.
+    language model judge the words as well; we match by IoU and judge no words. PixelLM cuts masks at logit 0;
+    these were cut at the calibrated threshold.
     """
     if set(rows["benchmark"]) != {"muse"}:
         return {}

@@ -98,7 +98,7 @@ def winners(batch: PreferenceBatch) -> Batch:
 
 
 def preference_loss(
-    output: Output, batch: PreferenceBatch, params: AlignParams, form: str
+    output: Output, batch: PreferenceBatch, params: AlignParams
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """L_t + L_s, weighted, and TRL-style metrics."""
     half = len(batch.differs)
@@ -110,7 +110,7 @@ def preference_loss(
     chosen_ref, rejected_ref = (values[batch.differs] for values in reference.split(half))
     loss_t, metrics = text_loss(chosen, rejected, chosen_ref, rejected_ref, params.beta_t)
     at, pairs = batch.target_of_pair, batch.pairs
-    if form == "embedding":
+    if params.mask_form == "embedding":
         loss_s, more = embedding_loss(
             output.embeddings[at], pairs.winner, pairs.loser, pairs.reference, params.beta_s
         )
@@ -133,7 +133,7 @@ def align_loss(
 
     def loss(model: nn.Module, batch: PreferenceBatch) -> tuple[Tensor, dict]:
         output = model(batch.batch)
-        total, parts = preference_loss(output, batch, params, params.mask_form)
+        total, parts = preference_loss(output, batch, params)
         anchor, more = sft_loss(anchor_output(output, batch), winners(batch), weights)
         parts |= {f"anchor_{name}": value for name, value in more.items()}
         return total + params.anchor * anchor, parts

@@ -53,16 +53,6 @@ class Skipped:
     reason: str
 
 
-def write_text_pairs(path: Path, pairs: Iterable[TextPair]) -> int:
-    """Write pairs as JSON lines; returns how many."""
-    return write_records(path, pairs)
-
-
-def write_skipped(path: Path, skipped: Iterable[Skipped]) -> int:
-    """Write what made no pair as JSON lines; returns how many."""
-    return write_records(path, skipped)
-
-
 def write_records(path: Path, records: Iterable[TextPair | Skipped]) -> int:
     """Write both kinds as JSON lines, as they come; returns how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +87,7 @@ class MaskPairs:
     winner: Tensor  # (P, S, C)
     loser: Tensor  # (P, S, C)
     reference: Tensor  # (P, S, C), from the clean image
+    # what the mask form of L_s compares; (P, 0, 0) where the embedding form is asked for
     winner_masks: Tensor  # (P, H, W) bool
     loser_masks: Tensor  # (P, H, W) bool
     reference_masks: Tensor  # (P, H, W) logits, half precision

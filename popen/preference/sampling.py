@@ -112,16 +112,19 @@ def mask_pairs(
     batch: int,
     max_pixels: int,
     seed: int,
+    keep_masks: bool,
     parts: Parts[MaskPair] | None = None,
 ) -> dict[str, MaskPairs]:
     """P_s: K perturbed images answer with the corrected text; each target's masks are ranked by IoU.
 
     "coarse" pairs high with low, "fine" high with medium. Masks are ranked as the perturbed images' own
-    features decode them; a winner must beat the clean image's mask. Raises PairsError where no target gives
+    features decode them; a winner must beat the clean image's mask. With `keep_masks` the pairs hold them:
+    the mask form of L_s compares them, the embedding form does not. Raises PairsError where no target gives
     a pair for one of the two. `parts` is as for `text_pairs`; processes beside the main one return nothing.
     """
     asked = [pair for pair in pairs if pair.targets]
     copies = params.perturbed
+    kept = slice(None) if keep_masks else slice(0)
 
     @torch.no_grad()
     def pairs_from(start: int) -> Iterator[MaskPair]:
@@ -160,13 +163,17 @@ def mask_pairs(
                     "winner": embeddings[ranks.high, target],
                     "loser": embeddings[loser, target],
                     "reference": clean.embeddings[target],
-                    "winner_masks": masks[ranks.high, target],
-                    "loser_masks": masks[loser, target],
-                    "reference_masks": clean.masks[target].half(),
+                    "winner_masks": masks[ranks.high, target, kept, kept],
+                    "loser_masks": masks[loser, target, kept, kept],
+                    "reference_masks": clean.masks[target, kept, kept].half(),
                     "ious": torch.stack([ious[ranks.high, target], ious[loser, target], clean_ious[target]]),
                 }
+                # copies: a view would keep, and write, all that the batch computed
                 yield MaskPair(
-                    stage, part[row].uid, place[target], {name: v.cpu() for name, v in values.items()}
+                    stage,
+                    part[row].uid,
+                    place[target],
+                    {name: value.to("cpu", copy=True) for name, value in values.items()},
                 )
 
     found = list(in_batches(range(0, len(asked), batch), pairs_from, "mask_preferences", parts))

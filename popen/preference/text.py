@@ -247,8 +247,11 @@ def _match(
     def means(p: int, t: int) -> bool:
         target = sample.targets[t]
         said = _content(phrases[p])
-        fits = [t for t in things if t.category == target.category and said <= _content(t.name)]
-        return kinds[p] == target.category and target in fits and all(t.rle == target.rle for t in fits)
+        fits = [
+            thing for thing in things if thing.category == target.category and said <= _content(thing.name)
+        ]
+        unique = target in fits and all(thing.rle == target.rle for thing in fits)
+        return kinds[p] == target.category and unique
 
     def same_kind(p: int, t: int) -> bool:
         return kinds[p] == sample.targets[t].category

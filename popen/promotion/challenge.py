@@ -64,13 +64,18 @@ def _decide(client: MlflowClient, root: Path, params: Params, version: ModelVers
     if champion is not None and str(champion.version) == number:
         words = f"Version {number} is the champion already: these results are its own."
         return Outcome(number, True, f"{words}\n\n{version.description}")  # a retry has no other verdict
-    if registry.ROLLED_BACK in version.tags:
+    undone = registry.rolled_back(client, version)
+    if undone is not None:
         return Outcome(
             number,
             False,
-            f"Version {number} was rolled back on {version.tags[registry.ROLLED_BACK]} and stays so: these "
-            "results are its own. `popen models rollback` would make it the champion again.",
+            f"Version {number} is not promoted: its weights are those of version {undone.version}, which was "
+            f"rolled back on {undone.tags[registry.ROLLED_BACK]}. While that one is the previous one, "
+            "`popen models rollback` makes it the champion again.",
         )
+    if champion is not None and _refused(version, champion, params):
+        words = f"Version {number} stays a challenger: the same champion and gate refused it before."
+        return Outcome(number, False, f"{words}\n\n{version.description}")
     asked = opponent.questions(root, params)
     ours = opponent.challenger_rows(root, params, asked)
     theirs = None
@@ -83,10 +88,19 @@ def _decide(client: MlflowClient, root: Path, params: Params, version: ModelVers
         raise registry.RegistryError(
             f"the results in {root} changed while version {number} was judged; run `retrain` again"
         )
-    promoted = registry.promote(client, version, verdict, champion)
+    promoted = registry.promote(client, version, verdict, champion, params.gate)
     result = f"Version {number} is the champion." if promoted else f"Version {number} stays a challenger."
     before = "" if champion is None else f" Champion before: version {champion.version}."
     return Outcome(number, promoted, f"{result}{before}\n\n{verdict.words}", verdict)
+
+
+def _refused(version: ModelVersion, champion: ModelVersion, params: Params) -> bool:
+    """Whether this gate has judged these results against this champion and refused them: the champion's
+    answers would be the same tonight."""
+    if registry.GATE not in version.tags:
+        return False
+    told, gate = json.loads(version.tags[registry.GATE]), params.gate.model_dump(mode="json")
+    return (told["passed"], told["against"], told["gate"]) == (False, str(champion.version), gate)
 
 
 def _record(client: MlflowClient, run: str, outcome: Outcome, reason: str) -> None:

@@ -9,7 +9,7 @@ that was not measured, other questions) refuses.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pandas import DataFrame
@@ -68,21 +68,20 @@ def judge(
 
     `champion` is None where there is none yet: then it is enough that every metric named is finite.
     """
-    names = [*gate.gain, *gate.tolerated]
     where = f"{gate.system} on {len(challenger)} questions of {gate.benchmark}"
     if champion is None:
-        firsts = tuple(_finite(challenger, name) for name in names)
+        firsts = tuple(_finite(challenger, name) for name in dict.fromkeys((*gate.gain, *gate.tolerated)))
         return Verdict(
             all(check.passed for check in firsts), f"{where}, the first model, no champion yet", firsts
         )
-    checks = []
-    for name in names:
-        checks.append(
-            _gained(champion, challenger, name, gate.gain[name], resamples, seed)
-            if name in gate.gain
-            else _tolerated(champion, challenger, name, gate.tolerated[name], resamples, seed)
-        )
-    return Verdict(all(check.passed for check in checks), f"{where}, champion on the same", tuple(checks))
+    checks = (
+        *(_gained(champion, challenger, name, least, resamples, seed) for name, least in gate.gain.items()),
+        *(
+            _tolerated(champion, challenger, name, most, resamples, seed)
+            for name, most in gate.tolerated.items()
+        ),
+    )
+    return Verdict(all(check.passed for check in checks), f"{where}, champion on the same", checks)
 
 
 def _finite(rows: DataFrame, name: str) -> Check:
@@ -112,7 +111,7 @@ def _said(found: Check, passed: bool, rule: str) -> Check:
         f"{found.metric}: {found.champion:.4f} -> {found.challenger:.4f}, gain {found.gain:+.4f} "
         f"[{found.low:+.4f}, {found.high:+.4f}]; {rule}"
     )
-    return Check(**(asdict(found) | {"passed": passed, "words": words}))
+    return replace(found, passed=passed, words=words)
 
 
 def _compared(champion: DataFrame, challenger: DataFrame, name: str, resamples: int, seed: int) -> Check:

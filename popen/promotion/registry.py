@@ -19,6 +19,7 @@ from popen import params as parameters
 from popen import pipeline
 from popen.checkpoints import digest
 from popen.errors import one_line, without_password
+from popen.params import GateParams
 from popen.promotion.gate import Verdict
 from popen.stages.artifacts import BUNDLE
 from popen.stages.model_record import BUNDLE_TAG
@@ -188,12 +189,16 @@ def register(client: MlflowClient, root: Path, facts: Lineage, card: str) -> Mod
 
 
 def promote(
-    client: MlflowClient, challenger: ModelVersion, verdict: Verdict, against: ModelVersion | None
+    client: MlflowClient,
+    challenger: ModelVersion,
+    verdict: Verdict,
+    against: ModelVersion | None,
+    gate: GateParams,
 ) -> bool:
     """Write the verdict to the version and, if it passed, make it the champion; returns whether it is.
 
-    `against` is the champion that the verdict compared with. Raises RegistryError when another one has taken
-    its place meanwhile.
+    `against` is the champion that the verdict compared with, by the rules of `gate`. Raises RegistryError
+    when another one has taken its place meanwhile.
     """
     finish(client)
     number, now = str(challenger.version), aliases(client).get(CHAMPION)
@@ -201,13 +206,21 @@ def promote(
         raise RegistryError(
             f"the champion changed to version {now} while version {number} was judged; run `retrain` again"
         )
-    figures = verdict.to_dict() | {"against": now, "at": _now()}
+    rules = gate.model_dump(mode="json")
+    figures = verdict.to_dict() | {"against": now, "gate": rules, "at": _now()}
     client.set_model_version_tag(NAME, number, GATE, json.dumps(figures))
     opponent = "" if now is None else f" (champion: version {now})"
     client.update_model_version(NAME, number, (verdict.words + opponent)[:_DESCRIPTION])
     if verdict.passed:
         _move(client, {CHAMPION: number, PREVIOUS: now})
     return verdict.passed
+
+
+def rolled_back(client: MlflowClient, version: ModelVersion) -> ModelVersion | None:
+    """The version of the same weights that a person took back; None where there is none. The same weights are
+    another version where `dvc.lock` changed elsewhere, in a test set for instance."""
+    twins = (one for one in versions(client) if one.tags.get(BUNDLE_TAG) == version.tags[BUNDLE_TAG])
+    return next((one for one in twins if ROLLED_BACK in one.tags), None)
 
 
 def rollback(client: MlflowClient) -> tuple[str, str]:

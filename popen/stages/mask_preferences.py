@@ -19,7 +19,7 @@ def main() -> None:
         from popen.stages.kept import kept_parts
 
         params = run.params
-        settings = [params.mask_preferences, params.evaluate.batch]
+        settings = [params.mask_preferences, params.evaluate.batch, params.align.mask_form]
         parts = kept_parts(
             run, [MODEL, TEXT_PAIRS], settings, write_mask_pairs, read_mask_pairs, devices.cores()
         )
@@ -32,6 +32,7 @@ def main() -> None:
             max(1, params.evaluate.batch // 2),
             params.data.max_pixels,
             params.seed,
+            params.align.mask_form == "mask",
             parts,
         )
         targets = sum(len(text.targets) for text in texts)

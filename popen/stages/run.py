@@ -5,7 +5,7 @@
         ...
         run.log_metrics({"loss": loss}, step)
 
-Only the standard library and light modules are imported here: a pipeline starts this 45 times.
+Only the standard library and light modules are imported here: a pipeline starts this 52 times.
 """
 
 from __future__ import annotations
@@ -22,16 +22,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from popen import devices, pipeline
 from popen import params as parameters
 from popen.errors import explain
 from popen.orphans import end_with
 from popen.tracking import Status, Tracker, Untracked
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -107,10 +104,6 @@ class Run:
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file or folder with the MLflow run."""
         self.tracker.log_artifact(path, folder)
-
-    def log_figure(self, figure: Figure, name: str) -> None:
-        """Store a matplotlib figure with the MLflow run, as `figures/<name>.png`."""
-        self.tracker.log_figure(figure, name)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self.tracker.set_tags(tags)
@@ -192,7 +185,7 @@ def needs_hub(params: parameters.Params) -> bool:
     """Whether the parameters name weights that are neither ours nor a file or folder on this disk."""
     language, vision = params.model.language, params.model.vision
     return (language.name != "custom" and not Path(language.name).exists()) or (
-        vision.name != "custom" and vision.pretrained != "" and not Path(vision.pretrained).exists()
+        vision.pretrained != "" and not Path(vision.pretrained).exists()
     )
 
 

@@ -23,7 +23,7 @@ def main() -> None:
     with stage("text_preferences", shared=True) as run:
         from popen import devices
         from popen.preference.people import FOLDER
-        from popen.preference.records import read_records, write_records, write_skipped, write_text_pairs
+        from popen.preference.records import read_records, write_records
         from popen.preference.sampling import PairsError
         from popen.stages.kept import kept_parts
 
@@ -41,8 +41,8 @@ def main() -> None:
                 f"text_preferences: none of {len(asked)} questions has a corrected answer; of the first one:"
                 f" {skipped[0].reason}"
             )
-        write_text_pairs(TEXT_PAIRS, pairs)
-        write_skipped(SKIPPED, skipped)
+        write_records(TEXT_PAIRS, pairs)
+        write_records(SKIPPED, skipped)
         if skipped:
             run.say(f"{len(skipped)} answers have no correction, {SKIPPED} says why")
         run.log_metrics(

@@ -40,6 +40,7 @@ def test_the_coco_form_is_joined_on_the_image(tmp_path: Path) -> None:
 def test_spans_are_whole_words_and_taken_once() -> None:
     assert find_spans(["a cat", "a cat"], "A cat and a cat.") == [(0, 5), (10, 15)]
     assert find_spans(["cat"], "Concatenate the cat") == [(16, 19)]
+    assert find_spans(["man", "man in red"], "A man in red is near a man.") == [(23, 26), (2, 12)]
     with pytest.raises(RecordError, match="'a dog' is not in the caption"):
         find_spans(["a dog", "a dog"], "A dog.")
 

@@ -46,6 +46,9 @@ def test_coco_urls_name_their_folder(tmp_path: Path) -> None:
     url = "http://images.cocodataset.org/val2017/000000000139.jpg"
     one, *_ = samples(muse_tree(tmp_path, val=[muse_record(coco_url=url)]), "muse/val")
     assert one.image == f"{MSCOCO}/val2017/000000000139.jpg"
+    old = muse_record(coco_url="http://mscoco.org/images/98304", file_name="COCO_train2014_000000098304.jpg")
+    one, *_ = samples(muse_tree(tmp_path, val=[old]), "muse/val")
+    assert one.image == f"{MSCOCO}/train2014/COCO_train2014_000000098304.jpg"
 
 
 def test_crowds_are_uncompressed_rle(tmp_path: Path) -> None:
@@ -62,7 +65,7 @@ def test_crowds_are_uncompressed_rle(tmp_path: Path) -> None:
         ({"height": "12"}, "0", "'height' is a str, not a int"),
         ({"file_name": "../../../../../../etc/passwd"}, "0", "leaves its folder"),
         ({"file_name": "/etc/passwd"}, "0", "leaves its folder"),
-        ({"coco_url": "http://images.cocodataset.org/secret/a.jpg"}, "0", "coco_url"),
+        ({"coco_url": "http://images.cocodataset.org/secret/a.jpg", "file_name": None}, "0", "coco_url"),
         ({"answers": []}, "0", "3 questions but 0 answers"),
         ({"ann_list": None}, "0", "annotations are a NoneType"),
         ({"text_answers": ["{seg}"]}, "0/0", "3 questions but 1 in 'text_answers'"),

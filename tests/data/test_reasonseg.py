@@ -65,6 +65,11 @@ def test_larger_polygons_are_painted_first_and_flags_not_at_all() -> None:
     assert (masks.decode(target) == (mask(1, 1, 8) & ~mask(2, 2, 3))).all()
 
 
+def test_a_flagpole_is_no_flag() -> None:
+    target, _ = paint([shape("flagpole", 1, 1, 8)], HEIGHT, WIDTH)
+    assert (masks.decode(target) == mask(1, 1, 8)).all()
+
+
 def test_painting_twice_is_painting_once() -> None:
     shapes = [shape("target", x, 2, 4) for x in (1, 6)]
     target, ignore = paint(shapes + shapes, HEIGHT, WIDTH)

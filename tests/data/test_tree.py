@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from popen import masks
 from popen.data import tree
 from popen.samples import SEG, Sample, from_json, read_index, to_json, write_index
-from tests.data.trees import muse_record, muse_tree, write_grandf, write_reasonseg, write_refcoco
+from tests.data.trees import MSCOCO, muse_record, muse_tree, write_grandf, write_reasonseg, write_refcoco
 
 REAL = Path(os.environ.get("POPEN_REAL_DATA", Path(__file__).parents[3] / "shared/data"))
 WHY = f"no real photographs in {REAL} (set POPEN_REAL_DATA)"
@@ -44,6 +44,16 @@ def test_specs_that_do_not_exist(spec: str) -> None:
 def test_two_parts_share_no_image_and_lose_none(image: str, cut: int) -> None:
     first, rest = tree.parse(f"muse/train[:{cut}%]"), tree.parse(f"muse/train[{cut}%:]")
     assert first.holds(image) != rest.holds(image)
+
+
+def test_a_photograph_of_coco_is_in_one_part_whatever_its_folder() -> None:
+    names = ("train2017/{}.jpg", "val2017/{}.jpg", "train2014/COCO_train2014_{}.jpg")
+    first, places = tree.parse("muse/train[:50%]"), set[bool]()
+    for number in range(50):
+        here = {first.holds(f"{MSCOCO}/{name.format(f'{number:012}')}") for name in names}
+        assert len(here) == 1
+        places |= here
+    assert places == {True, False}
 
 
 def test_parts_are_by_image_and_of_about_their_size(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_rows_by_hand(table: pd.DataFrame) -> None:
         "targets": [2, 2, 1],
         "area_pred": [8, 8, 0],
         "area_true": [12, 8, 4],
-        "pairs": [2, 2, 0],
+        "greedy": [(0.5 + 1.0) / 2, 1.0, 0.0],  # of the pairs that overlap
         "recalled": [2, 1, 0],
         "hits": ["11", "10", ""],
     }
@@ -124,14 +124,14 @@ def test_grandf_figures_by_hand(ask: Ask, say: Say, monkeypatch: pytest.MonkeyPa
         ask("grandf/val/1", [("cat", (0, 0, 2, 2))], ["cat"]),
     ]
     answers = [
-        say("grandf/val/0", "the cup {seg}", (0, 0, 3, 2), confidence=0.2),
+        say("grandf/val/0", "the cup {seg}", (0, 0, 3, 2), confidence=0.2),  # which is not looked at
         say("grandf/val/1", "a bird {seg} and cat {seg}", (4, 4, 2, 2), (0, 0, 2, 2), confidence=0.9),
     ]
     figures = summarise(rows(samples, answers))["grandf"]
     assert figures["mIoU"] == pytest.approx((0.75 + 1.0) / 2)
     assert figures["recall"] == pytest.approx(2 / 3)
-    # ranked: miss, hit, hit of three targets: precision 1/2, then 2/3, which also holds before it
-    assert figures["AP50"] == pytest.approx(67 * (2 / 3) / 101)
+    # in their order hit, miss, hit of three targets: precision 1 to a third, then 2/3
+    assert figures["AP50"] == pytest.approx((34 + 33 * (2 / 3)) / 101)
     assert 0 < figures["CIDEr"] < 10
     assert figures["METEOR"] is None
 

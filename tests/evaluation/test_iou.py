@@ -96,6 +96,14 @@ def test_a_hit_takes_the_best_free_target() -> None:
     assert iou.hits(np.array([[0.5]])) == [True]  # the threshold itself counts
 
 
+def test_greedy_pairs_by_hand() -> None:
+    """The largest first, though 0.8 + 0.7 would be more than 0.9 + 0.0 together."""
+    assert iou.greedy_mean(np.array([[0.9, 0.8], [0.7, 0.0]])) == 0.9
+    assert iou.greedy_mean(np.array([[0.9, 0.8], [0.7, 0.1]])) == pytest.approx((0.9 + 0.1) / 2)
+    for nothing in (np.zeros((2, 3)), np.zeros((0, 3)), np.zeros((2, 0))):
+        assert iou.greedy_mean(nothing) == 0.0
+
+
 def test_average_precision_by_hand() -> None:
     # ranked: hit, miss, hit of 4 targets: precision 1 up to recall 1/4 (26 of 101 points), 2/3 up to
     # recall 1/2 (25 more), then nothing.

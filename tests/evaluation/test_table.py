@@ -23,8 +23,8 @@ def rows(matched: float, hallucinated: int, benchmark: str = "muse", questions: 
         }
         | {"reference": "a cup", "iou": matched + spread, "matched": matched + spread, "intersection": 5}
         | {"union": 10, "mentioned": 2, "hallucinated": [hallucinated * (n % 2) for n in range(questions)]}
-        | {"missing": 0, "targets": 1, "area_pred": 9, "area_true": 10, "pairs": 1, "pairs_iou": 0.5}
-        | {"recalled": 1, "hits": "1", "n_pred": 1, "n_true": 1, "confidence": 0.5}
+        | {"missing": 0, "targets": 1, "area_pred": 9, "area_true": 10, "greedy": 0.5, "pairs_iou": 0.5}
+        | {"recalled": 1, "hits": "1", "n_pred": 1, "n_true": 1}
     )
 
 

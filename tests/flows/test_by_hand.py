@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from requests.utils import should_bypass_proxies
 
-from flows.by_hand import by_hand
+from flows.by_hand import by_hand, spare_loopback
 from flows.pipeline import main
 from flows.stage_process import StageStopped
 from popen.promotion.gate import GateError
@@ -14,6 +16,7 @@ from tests.flows.conftest import Make, stage
 
 pytestmark = pytest.mark.slow
 
+SERVER = "http://127.0.0.1:4200/api"
 LEVEL = "import logging; import prefect.main; print(logging.getLogger('prefect.server').level)"
 
 
@@ -21,6 +24,27 @@ def test_a_server_that_prefect_starts_for_the_run_is_silent(monkeypatch: pytest.
     monkeypatch.setenv("PREFECT_SERVER_LOGGING_LEVEL", "INFO")
     monkeypatch.delenv("PREFECT_SERVER_LOGGING_LEVEL")  # so that what the run sets is taken back
     assert by_hand(lambda: subprocess.check_output([sys.executable, "-c", LEVEL])) == b"50\n"
+
+
+@pytest.mark.parametrize("named", ["NO_PROXY", "no_proxy"])
+def test_what_runs_on_this_machine_is_asked_without_a_proxy(
+    named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the user asks without one still is: where both variables are there, clients read one alone."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://proxy.invalid:3128")
+    monkeypatch.setenv(named, "near.invalid")
+    assert not should_bypass_proxies(SERVER, None)
+    for _ in range(2):
+        spare_loopback()
+        for name in ("NO_PROXY", "no_proxy"):
+            assert os.environ[name] == "near.invalid,127.0.0.1,localhost"
+    for url in (SERVER, "http://localhost:5000", "http://near.invalid"):
+        assert should_bypass_proxies(url, None)  # MLflow's client
+    assert not should_bypass_proxies("http://far.invalid", None)
 
 
 @pytest.mark.parametrize(

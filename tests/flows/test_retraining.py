@@ -25,11 +25,12 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.retraining import RetrainError, check_up_to_date, due, retrain
 from flows.stage_process import reproduce
+from popen import params as parameters
 from popen.ensemble.attention import RefinementAttention
 from popen.model.language import train_tokenizer
 from popen.model.segmenter import Segmenter
 from popen.predict import write_bundle
-from popen.promotion import challenge, registry
+from popen.promotion import challenge, opponent, registry
 from popen.promotion.gate import GateError, Verdict, judge
 from popen.samples import Sample
 from tests.conftest import CATEGORIES, mini_params
@@ -227,6 +228,22 @@ def test_from_the_first_model_to_a_refused_one(
     assert words.startswith("Version 3 stays a challenger. Champion before: version 2.\n\nRefused: ")
     assert "- BROKEN: gIoU_matched: " in words
     assert named(project) == {"champion": "2", "previous": "1", "challenger": "3"}
+    assert on_the_page("retrain") == words
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the champion was asked again")
+
+    with monkeypatch.context() as patch:  # the data is still not the champion's
+        patch.setattr(opponent, "champion_rows", never)
+        again = challenge.challenge(project, project, "the next night")
+        assert again.words.startswith(
+            "Version 3 stays a challenger: the same champion and gate refused it before.\n\nRefused: "
+        )
+        ways = yaml.safe_load((project / "params.yaml").read_text())
+        ways["gate"]["tolerated"]["gIoU"] = 0.02
+        patch.setattr(challenge.parameters, "load", lambda _: parameters.Params(**ways))
+        with pytest.raises(AssertionError, match="asked again"):  # another gate may say otherwise
+            challenge.challenge(project, project, "the next night")
 
     client = registry.connect(project)
     version = client.get_model_version(registry.NAME, "2")
@@ -243,10 +260,12 @@ def test_from_the_first_model_to_a_refused_one(
         ("FINISHED", "2"),
         ("FAILED", None),
         ("FINISHED", "3"),
+        ("FINISHED", "3"),
+        ("FAILED", None),
     ]
-    assert runs[0].data.metrics["gate/gIoU_matched/gain"] < 0 < runs[2].data.metrics["gate/gIoU_matched/low"]
-    assert "Refused: " in mlflow.artifacts.load_text(f"{runs[0].info.artifact_uri}/verdict.md")
-    assert on_the_page("retrain") == words
+    refused, passed = runs[2], runs[4]
+    assert refused.data.metrics["gate/gIoU_matched/gain"] < 0 < passed.data.metrics["gate/gIoU_matched/low"]
+    assert "Refused: " in mlflow.artifacts.load_text(f"{refused.info.artifact_uri}/verdict.md")
 
 
 def on_the_page(key: str) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from popen.errors import ModelError
 from popen.model.batches import Row
 from popen.model.language import load_tokenizer, train_tokenizer
 from popen.model.losses import sft_loss
@@ -97,6 +98,13 @@ def test_lora_trains_its_adapters_and_the_codebooks_rows_alone(
     assert dict(model.named_parameters())[rows_of[0]].shape == (4, 32)  # S x K rows
     model.save(tmp_path)
     same(model, Segmenter.load(tmp_path), picture, sample)
+
+
+def test_adapters_of_layers_that_are_not_there_are_refused() -> None:
+    with pytest.raises(
+        ModelError, match=r"^model\.language\.lora_targets: \['query'\] are not layers of custom"
+    ):
+        with_language(lora_r=2, lora_targets=["query"])
 
 
 def test_without_lora_all_of_it_trains(picture: Image.Image, sample: Sample) -> None:

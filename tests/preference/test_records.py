@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from popen.preference.records import MaskPairs, TextPair, read_text_pairs, write_text_pairs
+from popen.preference.records import MaskPairs, TextPair, read_text_pairs, write_records
 from tests.conftest import square
 
 
@@ -32,14 +32,14 @@ def test_text_pairs_come_back_as_they_were(tmp_path: Path) -> None:
     odd = 'a\u2028b\u2029c\x85d\x0be\x1cf\r\n"\\\t\ufffd cup’s ☕'
     pairs = [pair("muse/train/0/0", odd), pair("muse/train/0/1", "It is the cup {seg}.")]
     path = tmp_path / "deep" / "text.jsonl"
-    assert write_text_pairs(path, pairs) == 2
+    assert write_records(path, pairs) == 2
     assert list(read_text_pairs(path)) == pairs
     assert [p.differs for p in read_text_pairs(path)] == [True, False]
     before = path.read_bytes()
     assert b"ignore" not in before
-    write_text_pairs(path, pairs)
+    write_records(path, pairs)
     assert path.read_bytes() == before
-    assert write_text_pairs(path, []) == 0
+    assert write_records(path, []) == 0
     assert list(read_text_pairs(path)) == []
 
 
@@ -48,7 +48,7 @@ def test_an_ignore_region_comes_back_beside_pairs_that_have_none(tmp_path: Path)
         dataclasses.replace(pair("reasonseg/train/0/0", "The cup {seg}."), ignore=square(4, 5, 6).rle),
         pair("muse/train/0/0", "The cup {seg}."),
     ]
-    write_text_pairs(tmp_path / "text.jsonl", pairs)
+    write_records(tmp_path / "text.jsonl", pairs)
     assert list(read_text_pairs(tmp_path / "text.jsonl")) == pairs
 
 

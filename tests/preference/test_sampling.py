@@ -16,10 +16,18 @@ from popen.model.generate import Answer
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
 from popen.params import MaskPreferenceParams, TextPreferenceParams
+from popen.parts import Parts
 from popen.preference.masks import noise_rectangles
 from popen.preference.people import Export
 from popen.preference.records import MaskPairs, Skipped, TextPair
-from popen.preference.sampling import PairsError, mask_pairs, rule, text_pairs
+from popen.preference.sampling import (
+    PairsError,
+    mask_pairs,
+    read_mask_pairs,
+    rule,
+    text_pairs,
+    write_mask_pairs,
+)
 from popen.preference.sources import Skip
 from popen.preference.text import Correction, correct
 from popen.samples import Region, Rle, Sample
@@ -47,7 +55,7 @@ def masks(
     model: Segmenter, data: Data, pairs: list[TextPair], stage: str, seed: int = 0, **changes: object
 ) -> MaskPairs:
     params = MASKS.model_copy(update=changes)
-    return mask_pairs(model, data[0], pairs, params, batch=3, max_pixels=2000, seed=seed)[stage]
+    return mask_pairs(model, data[0], pairs, params, 3, 2000, seed, keep_masks=True)[stage]
 
 
 def test_answers_are_corrected_by_the_ground_truth(said: list[TextPair], data: Data) -> None:
@@ -241,6 +249,36 @@ def test_the_fine_stage_has_other_losers(taught: Segmenter, data: Data, said: li
     for uid, target, iou in zip(fine.uids, fine.targets, fine.ious, strict=True):
         assert torch.equal(iou[[0, 2]], low[uid, target][[0, 2]])  # the same winner and clean mask
         assert iou[1] > low[uid, target][1]  # a medium, better than the low of the coarse stage
+
+
+def test_pairs_for_the_embedding_form_hold_no_masks(
+    taught: Segmenter, data: Data, said: list[TextPair], tmp_path: Path
+) -> None:
+    with_masks = masks(taught, data, said, "coarse")
+    without = mask_pairs(taught, data[0], said, MASKS, 3, 2000, 0, keep_masks=False)["coarse"]
+    without.save(tmp_path)
+    again = MaskPairs.load(tmp_path)
+    assert again.uids == with_masks.uids
+    for name, value in again._tensors().items():
+        if name.endswith("_masks"):
+            assert value.shape == (len(again), 0, 0)
+        else:
+            assert torch.equal(value, getattr(with_masks, name))
+
+
+def test_pairs_that_are_kept_on_the_disk_hold_nothing_else(
+    taught: Segmenter, data: Data, said: list[TextPair], tmp_path: Path
+) -> None:
+    """Not the whole batch of which they are views."""
+    parts = Parts(tmp_path / "parts", write_mask_pairs, read_mask_pairs)
+    mask_pairs(taught, data[0], said, MASKS, 3, 2000, 0, keep_masks=True, parts=parts)
+    files = sorted((tmp_path / "parts").iterdir())
+    assert files
+    for file in files:
+        kept = [value for pair in read_mask_pairs(file) for value in pair.values.values()]
+        assert kept
+        for value in kept:
+            assert value.untyped_storage().nbytes() == value.nbytes
 
 
 def test_mask_pairs_obey_their_seed(taught: Segmenter, data: Data, said: list[TextPair]) -> None:

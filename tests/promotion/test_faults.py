@@ -18,7 +18,7 @@ from popen.promotion import registry
 from popen.promotion.listing import table
 from popen.promotion.registry import aliases, lineage, register, versions
 from tests.promotion.conftest import GIT
-from tests.promotion.test_registry import GOOD, Mortal, champion, made_champion, new
+from tests.promotion.test_registry import GATE, GOOD, Mortal, champion, made_champion, new
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def promote(clone: Path, lock: str, writes: int) -> None:
     client: Any = Mortal(registry.connect(clone), writes, die)
     version = new(client, clone, lock)
     if aliases(client).get(registry.CHAMPION) != str(version.version):
-        registry.promote(client, version, GOOD, champion(client))
+        registry.promote(client, version, GOOD, champion(client), GATE)
 
 
 def ended(clone: Path, lock: str, writes: int) -> int | None:

@@ -16,6 +16,7 @@ from mlflow.tracking import MlflowClient
 from typer.testing import CliRunner
 
 from popen import cli
+from popen import params as parameters
 from popen.promotion import registry
 from popen.promotion.card import card
 from popen.promotion.gate import Check, Verdict
@@ -23,6 +24,7 @@ from popen.promotion.listing import table
 from popen.promotion.opponent import download
 from popen.promotion.registry import RegistryError, aliases, lineage, register, versions
 
+GATE = parameters.load(Path(__file__).parents[2] / "params.yaml").gate
 GOOD = Verdict(True, "on 8 questions", (Check("gIoU", True, "gIoU: 0.5 -> 0.6", 0.5, 0.6, 0.1, 0.05, 0.15),))
 BAD = Verdict(False, "on 8 questions", (Check("gIoU", False, "gIoU: worse", 0.5, 0.4, -0.1, -0.2, 0.0),))
 WRITES = ("create_", "set_", "update_", "delete_", "log_")
@@ -60,7 +62,7 @@ def champion(client: MlflowClient) -> ModelVersion | None:
 
 def made_champion(client: MlflowClient, clone: Path, lock: str) -> str:
     version = new(client, clone, lock)
-    assert registry.promote(client, version, GOOD, champion(client))
+    assert registry.promote(client, version, GOOD, champion(client), GATE)
     return str(version.version)
 
 
@@ -133,7 +135,7 @@ def test_the_better_one_moves_up_and_the_worse_one_stays(empty: MlflowClient, cl
     first, second = made_champion(empty, clone, "a"), made_champion(empty, clone, "b")
     assert aliases(empty) == {registry.CHAMPION: second, registry.PREVIOUS: first}
     third = new(empty, clone, "c")
-    assert not registry.promote(empty, third, BAD, champion(empty))
+    assert not registry.promote(empty, third, BAD, champion(empty), GATE)
     assert aliases(empty) == {
         registry.CHAMPION: second,
         registry.PREVIOUS: first,
@@ -143,6 +145,7 @@ def test_the_better_one_moves_up_and_the_worse_one_stays(empty: MlflowClient, cl
     assert refused.description == f"{BAD.words} (champion: version {second})"
     gate = json.loads(refused.tags["gate"])
     assert (gate["passed"], gate["against"], gate["checks"][0]["gain"]) == (False, second, -0.1)
+    assert gate["gate"] == GATE.model_dump(mode="json")
 
 
 def test_a_verdict_over_another_champion_does_not_count(empty: MlflowClient, clone: Path) -> None:
@@ -151,7 +154,7 @@ def test_a_verdict_over_another_champion_does_not_count(empty: MlflowClient, clo
     slow = new(empty, clone, "slow")
     made_champion(empty, clone, "b")
     with pytest.raises(RegistryError, match=r"the champion changed to version 3 .*run `retrain` again"):
-        registry.promote(empty, slow, GOOD, before)
+        registry.promote(empty, slow, GOOD, before, GATE)
     assert "gate" not in empty.get_model_version(registry.NAME, slow.version).tags
 
 
@@ -167,6 +170,23 @@ def test_rollback_and_back_again(empty: MlflowClient, clone: Path) -> None:
     assert registry.CHALLENGER not in aliases(empty)  # what a person took down is no challenger
     assert registry.rollback(empty) == (second, first)
     assert registry.ROLLED_BACK not in empty.get_model_version(registry.NAME, second).tags
+
+
+def test_the_weights_of_a_version_that_was_rolled_back_are_known_again(
+    empty: MlflowClient, clone: Path
+) -> None:
+    """In a version of their own: `dvc.lock` also changes where a test set does."""
+    made_champion(empty, clone, "a")
+    second = made_champion(empty, clone, "b")
+    twin = new(empty, clone, "c")
+    assert registry.rolled_back(empty, twin) is None
+    registry.rollback(empty)
+    undone = registry.rolled_back(empty, twin)
+    assert undone is not None
+    assert str(undone.version) == second
+    other = register(empty, clone, replace(lineage(clone), lock="d"), "# card")
+    other.tags["bundle"] = "0" * 16
+    assert registry.rolled_back(empty, other) is None
 
 
 def test_a_rollback_that_is_killed_is_finished(empty: MlflowClient, clone: Path) -> None:

@@ -20,7 +20,7 @@ from popen.stages.artifacts import BUNDLE
 from popen.stages.model_record import record
 from tests.flows.conftest import Make, stage, status
 from tests.flows.test_pipeline import DIAMOND
-from tests.promotion.test_registry import GOOD, Mortal, champion, made_champion, new
+from tests.promotion.test_registry import GATE, GOOD, Mortal, champion, made_champion, new
 from tests.remote.conftest import ROOT, Team
 from tests.waiting import until
 
@@ -86,7 +86,7 @@ def test_postgres_restarted_at_any_step_of_a_promotion(client: MlflowClient, clo
         lock, count = f"lock {writes}", len(versions(client))
         interrupted: Any = Mortal(client, writes, team.postgres.stop)
         try:
-            registry.promote(interrupted, new(interrupted, clone, lock), GOOD, champion(client))
+            registry.promote(interrupted, new(interrupted, clone, lock), GOOD, champion(client), GATE)
         except (MlflowException, RegistryError):
             outages += 1
             team.postgres.start()
@@ -95,7 +95,7 @@ def test_postgres_restarted_at_any_step_of_a_promotion(client: MlflowClient, clo
             assert serving == old or registry.GATE in client.get_model_version(registry.NAME, serving).tags
         version = new(client, clone, lock)  # `retrain` again
         if aliases(client)[registry.CHAMPION] != str(version.version):
-            assert registry.promote(client, version, GOOD, champion(client))
+            assert registry.promote(client, version, GOOD, champion(client), GATE)
         assert len(versions(client)) == count + 1
         assert aliases(client) == {registry.CHAMPION: str(version.version), registry.PREVIOUS: old}
         assert client.get_registered_model(registry.NAME).tags == {}
@@ -120,5 +120,5 @@ def test_a_dump_brings_lost_databases_back(
     until(team.answers)
     assert "kept" in {flow["name"] for flow in team.ask("flows/filter")}
     assert (aliases(client), [version.tags for version in versions(client)]) == (before, kept)
-    assert registry.promote(client, new(client, clone, "after"), GOOD, champion(client))
+    assert registry.promote(client, new(client, clone, "after"), GOOD, champion(client), GATE)
     assert mlflow.pyfunc.load_model(f"models:/{registry.NAME}@{registry.CHAMPION}")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from popen.evaluation.prediction import read_predictions
 from popen.model.segmenter import Segmenter
 from popen.params import Params, load
-from popen.preference.records import read_text_pairs, write_text_pairs
+from popen.preference.records import read_text_pairs, write_records
 from popen.samples import Sample, write_index
 from popen.stages import align, evaluate, mask_preferences, sft
 from tests.preference.test_sampling import MASKS, TEXT, texts
@@ -136,7 +136,7 @@ def test_two_devices_leave_what_one_leaves(
         align.main("coarse")
 
     for folder, count in ((one, 1), (two, 2)):
-        write_text_pairs(folder / "artifacts/preferences/text.jsonl", pairs)
+        write_records(folder / "artifacts/preferences/text.jsonl", pairs)
         together(work, count, grouped=False)
         together(aligned, count)
     for file in ("masks_coarse/pairs.safetensors", "masks_fine/pairs.safetensors", "masks_fine/pairs.json"):

@@ -52,6 +52,20 @@ def recorded(clone: Path, name: str) -> Any:
     return run
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "usage"),
+    [
+        ("align", ["foo"], "coarse|fine"),
+        ("align", [], "coarse|fine"),
+        ("evaluate", ["muse_val"], "BENCHMARK SYSTEM"),
+    ],
+)
+def test_a_stage_by_hand_with_other_arguments_says_how(name: str, given: list[str], usage: str) -> None:
+    command = [sys.executable, "-m", f"popen.stages.{name}", *given]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stderr) == (1, f"usage: python -m popen.stages.{name} {usage}\n")
+
+
 def test_a_stage_runs_in_the_root_with_parameters_and_leaves_its_curves(
     clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ from popen.params import load
 from popen.preference.alignment import chosen_rows
 from popen.preference.judge import KEY
 from popen.preference.people import CorrectionsError
-from popen.preference.records import read_text_pairs, write_text_pairs
+from popen.preference.records import read_text_pairs, write_records
 from popen.preference.sources import first_wrong
 from popen.preference.text import correct
 from popen.samples import Sample, write_index
@@ -66,7 +66,7 @@ def expected(taught: Segmenter, data: Data, tmp_path: Path, monkeypatch: pytest.
         load(), data[1], lambda a, s, _: first_wrong((said.text, correct(said.text, s)) for said in a)
     )
     assert any(pair.differs for pair in pairs)
-    write_text_pairs(Path("expected.jsonl"), pairs)
+    write_records(Path("expected.jsonl"), pairs)
     return Path("expected.jsonl").read_bytes()
 
 
