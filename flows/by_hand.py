@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +25,20 @@ def spare_loopback() -> None:
     os.environ.update(dict.fromkeys(names, spared))
 
 
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the process as an exception would. Where they end it outright, the server that
+    Prefect has started for the run goes on for ever."""
+    untouched = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in untouched:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number in untouched:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def by_hand(flow: Callable[[], T]) -> T:
     """Run it in the folder of the clone; an error that is written to be read ends the process with one line
     and code 1 (`POPEN_DEBUG=1` shows the stack trace).
@@ -34,7 +50,8 @@ def by_hand(flow: Callable[[], T]) -> T:
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
     try:
         os.chdir(find_root(Path.cwd()))
-        return flow()
+        with _ended_in_order():
+            return flow()
     except Exception as error:
         text = explain(error)
         if text is None or os.environ.get("POPEN_DEBUG"):

@@ -160,6 +160,11 @@ class SftWeights(Group):
     aim: float = 0.0  # where the answer looks before it names a target, for the model's tally, auxiliary
     look: float = 0.0  # where a question's words look, for the model's tally, auxiliary
 
+    @property
+    def of_the_image(self) -> bool:
+        """Whether a term asks for more of the image than the targets' masks."""
+        return any((self.dense, self.describe, self.inventory, self.centres, self.aim, self.look))
+
 
 class SftParams(Group):
     train: TrainParams

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -82,7 +82,14 @@ def write_index(path: Path, samples: Iterable[Sample]) -> int:
 
 
 def read_index(path: Path) -> Iterator[Sample]:
-    """Samples of an index file written by the stage `validate`."""
+    """Samples of an index file written by the stage `validate`. Those of an image share its regions, which
+    the file repeats for each: of a published training split a process would hold gigabytes."""
+    things_of: dict[str, tuple[Region, ...]] = {}
     with path.open(encoding="utf-8") as file:
         for line in file:
-            yield from_json(line)
+            sample = from_json(line)
+            things = things_of.setdefault(sample.image, sample.objects)
+            if things == sample.objects:
+                shared = (next((thing for thing in things if thing == t), t) for t in sample.targets)
+                sample = replace(sample, objects=things, targets=tuple(shared))
+            yield sample

@@ -92,7 +92,7 @@ def _generate(model: Segmenter, batch: Batch, max_new_tokens: int, members: Sequ
 
 
 def _text(tokenizer: Any, ids: list[int], codebook: list[int]) -> str:
-    """Ids -> text, each whole target as `{seg}`."""
+    """Ids -> text, each whole target as `{seg}`; the same letters in ordinary tokens are a word ("seg")."""
     pieces, special = [list[int]()], {*tokenizer.all_special_ids, *codebook}
     for token in ids:
         if token == codebook[0]:
@@ -106,4 +106,5 @@ def _text(tokenizer: Any, ids: list[int], codebook: list[int]) -> str:
         for number, words in enumerate(pieces)
     ]
     name = tokenizer.decode(codebook[:1])
-    return SEG.join([first, *(piece.removeprefix(name) for piece in rest)]).strip()
+    spoken = (piece.replace(SEG, "seg") for piece in (first, *(piece.removeprefix(name) for piece in rest)))
+    return SEG.join(spoken).strip()

@@ -32,7 +32,7 @@ def main() -> None:
             model,
             train,
             plan.item,
-            sft_collate(model, run, 1, auxiliary=True),
+            sft_collate(model, run, 1, auxiliary=params.sft.loss.of_the_image),
             loss,
             None,
             [MODEL, index("train")],

@@ -53,7 +53,7 @@ def main() -> None:
             model,
             params.sft.train,
             plan.item,
-            sft_collate(model, run, params.sft.masks, auxiliary=True),
+            sft_collate(model, run, params.sft.masks, auxiliary=params.sft.loss.of_the_image),
             loss,
             validation(model, run, samples("val")),
             [VISION, index("train"), index("val")],

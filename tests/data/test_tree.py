@@ -110,7 +110,12 @@ def test_samples_survive_the_index(tmp_path: Path) -> None:
     samples = [item for item in items if isinstance(item, Sample)]
     assert [from_json(to_json(sample)) for sample in samples] == samples
     assert write_index(tmp_path / "index/train.jsonl", samples) == 4
-    assert list(read_index(tmp_path / "index/train.jsonl")) == samples
+    again = list(read_index(tmp_path / "index/train.jsonl"))
+    assert again == samples
+    one, other = again[:2]  # two questions about an image
+    assert one.image == other.image
+    assert one.objects is other.objects
+    assert all(any(target is thing for thing in one.objects) for target in (*one.targets, *other.targets))
 
 
 needs_real = [

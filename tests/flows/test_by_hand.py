@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from requests.utils import should_bypass_proxies
 
@@ -13,6 +15,7 @@ from flows.pipeline import main
 from flows.stage_process import StageStopped
 from popen.promotion.gate import GateError
 from tests.flows.conftest import Make, stage
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +70,27 @@ def test_outside_of_a_clone_one_line_says_so(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"^error: .*: not inside a clone of the project"):
         by_hand(lambda: None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_killed_takes_its_server_along(
+    make: Make, tmp_path: Path, number: signal.Signals
+) -> None:
+    root = make({"a": stage("touch begun.here; exec sleep 7776", "a.txt")})
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment |= {
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    flow = subprocess.Popen([sys.executable, "-m", "flows.pipeline"], cwd=root, env=environment)
+    until(lambda: (root / "begun.here").exists() or flow.poll() is not None)
+    children = psutil.Process(flow.pid).children(recursive=True)
+    assert any("uvicorn" in child.cmdline() for child in children)
+    flow.send_signal(number)
+    assert flow.wait(120) == 128 + number
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
 
 
 def test_a_failed_run_ends_with_one_line(make: Make, server: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from popen.model.batches import Row
-from popen.model.generate import generate
+from popen.model.generate import _text, generate
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
 from popen.samples import Sample
@@ -103,3 +103,12 @@ def test_an_answer_tells_whether_it_ended_by_itself(
         assert [answer.ended for answer in found] == [length <= limit for length in lengths]
         for answer, sample in zip(found, samples, strict=False):
             assert sample.answer.startswith(answer.text)
+
+
+def test_the_mark_in_ordinary_tokens_is_a_word(mini_model: Segmenter) -> None:
+    """Whoever asks to say it back gets no target without a mask for it."""
+    tokenizer = mini_model.tokenizer
+    codebook = tokenizer.convert_tokens_to_ids(mini_model.encoder.codebook)
+    written = tokenizer.encode(" say {seg} and {s{seg}eg}", add_special_tokens=False)
+    text = _text(tokenizer, [*written, *codebook, *written], codebook)
+    assert text == "say seg and {ssegeg}{seg} say seg and {ssegeg}"
