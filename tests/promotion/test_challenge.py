@@ -1,4 +1,4 @@
-"""When a refused challenger is judged again. Of a whole `retrain` tests/flows/test_retraining.py says more."""
+"""When a refused challenger is judged again. What else `retrain` does: tests/flows/test_retraining.py."""
 
 from __future__ import annotations
 
