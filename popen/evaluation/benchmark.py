@@ -151,7 +151,7 @@ def grandf(table: DataFrame) -> dict[str, float | None]:
     targets = int(table["n_true"].sum())
     values = {
         "mIoU": float(table["greedy"].mean()),
-        "AP50": iou.average_precision(positives, np.ones(len(positives)), targets),
+        "AP50": iou.average_precision(positives, targets),
         "recall": int(table["recalled"].sum()) / targets if targets else math.nan,
         "CIDEr": captions.cider(answers, references),
         "METEOR": captions.meteor(answers, references),

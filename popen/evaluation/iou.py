@@ -73,14 +73,13 @@ def hits(ious: Matrix, threshold: float = 0.5) -> list[bool]:
     return out
 
 
-def average_precision(positives: NDArray[np.bool_], confidences: NDArray[np.float64], targets: int) -> float:
+def average_precision(ranked: NDArray[np.bool_], targets: int) -> float:
     """COCO's 101-point interpolated average precision of one class.
 
-    `positives`, `confidences` (detections,); equal confidences keep their order. NaN without targets.
+    `ranked` (detections,): which are true positives, the surest first. NaN without targets.
     """
     if targets == 0:
         return float("nan")
-    ranked = positives[np.argsort(-confidences, kind="stable")]
     recall = np.cumsum(ranked) / targets
     precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
     precision = np.maximum.accumulate(precision[::-1])[::-1]

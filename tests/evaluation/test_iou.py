@@ -107,9 +107,9 @@ def test_greedy_pairs_by_hand() -> None:
 def test_average_precision_by_hand() -> None:
     # ranked: hit, miss, hit of 4 targets: precision 1 up to recall 1/4 (26 of 101 points), 2/3 up to
     # recall 1/2 (25 more), then nothing.
-    positives, confidences = np.array([True, True, False]), np.array([0.9, 0.5, 0.7])
-    assert iou.average_precision(positives, confidences, 4) == pytest.approx((26 + 25 * 2 / 3) / 101)
-    assert np.isnan(iou.average_precision(positives, confidences, 0))
+    ranked = np.array([True, False, True])
+    assert iou.average_precision(ranked, 4) == pytest.approx((26 + 25 * 2 / 3) / 101)
+    assert np.isnan(iou.average_precision(ranked, 0))
 
 
 def test_ap50_is_cocoeval() -> None:
@@ -147,6 +147,7 @@ def test_ap50_is_cocoeval() -> None:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    ours = iou.average_precision(np.array(positives), np.array(confidences), targets)
+    surest_first = np.argsort(-np.array(confidences), kind="stable")  # equals in their order
+    ours = iou.average_precision(np.array(positives)[surest_first], targets)
     assert 0.1 < ours < 0.9
     assert ours == pytest.approx(float(evaluation.stats[1]), abs=1e-9)

@@ -251,15 +251,16 @@ def test_an_override_becomes_an_experiment(make: Make, start: Start) -> None:
 def test_the_page_shows_results_examples_and_the_way_to_mlflow(make: Make, start: Start) -> None:
     report = "mkdir reports metrics; printf png > reports/teaser.png; cp given.json metrics/summary.json"
     entry = stage(report, "reports", "given.json", metrics=[{"metrics/summary.json": {"cache": False}}])
-    root = make({"report": entry})
+    root = make({"report": entry, "other": stage("touch b.txt", "b.txt")})
     figures = {"gIoU": 0.123456, "questions": 7, "chair_s": None}
     (root / "given.json").write_text(json.dumps({"muse": {"popen": figures}, "comparisons": [{"low": 1}]}))
-    made = artifacts(start(root))
+    made = artifacts(start(root, targets=["report"]))
     assert made["results"].splitlines()[2] == "| muse | popen | 0.1235 |  |  |  |  |  |  | 7 |"
     assert made["examples"] == "data:image/png;base64,cG5n"
     (parent,) = mlflow_runs(root)
     page = f"http://127.0.0.1:5000/#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}"
     assert f"]({page}): finished" in made["mlflow"]
+    assert set(artifacts(start(root, targets=["other"]))) == {"mlflow"}  # those results are not of this run
 
 
 def test_the_stages_record_below_one_parent(make: Make, start: Start) -> None:
