@@ -48,7 +48,9 @@ def test_the_one_that_fails_has_the_word(tmp_path: Path, ends: str, code: int, s
 def test_a_machine_that_does_not_find_its_own_name_is_good_enough(tmp_path: Path) -> None:
     """torchrun asks for the address of the machine's name, and waits for ever where there is none."""
     (tmp_path / "meeting.py").write_text(
-        "import torch.distributed as dist\ndist.init_process_group('gloo')\ndist.barrier()\nprint('met')\n"
+        "import os\nimport torch.distributed as dist\n"
+        # in one write: what two processes print may interleave
+        "dist.init_process_group('gloo')\ndist.barrier()\nos.write(1, b'met\\n')\n"
     )
     done = subprocess.run(
         ["unshare", "-u", "sh", "-c", f"hostname nowhere-at-all; {sys.executable} -m popen.launch 2 meeting"],
