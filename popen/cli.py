@@ -133,7 +133,10 @@ def predict(
         ),
     ] = None,
 ) -> None:
-    """Answer QUESTION about IMAGE: print the words, write the masks as a picture and as JSON."""
+    """Answer QUESTION about IMAGE: print the words, write the masks as a picture and as JSON.
+
+    A photograph is turned as its EXIF data says, and the masks are of the turned one.
+    """
     from popen.data.images import MAX_PIXELS, open_image
     from popen.stages.run import quiet
 
@@ -150,15 +153,16 @@ def predict(
     if not any((model / name).is_file() for name in ("settings.json", "config.json")):
         raise UsageError(f"{model}: no model there; run `make repro` first or name another one with --model")
     path = image.resolve()
-    opened = open_image(path.parent, path.name, MAX_PIXELS)
+    stored = open_image(path.parent, path.name, MAX_PIXELS)
     picture = out or Path(f"{image.stem}_answer.png")
     record = json_file or Path(f"{image.stem}_answer.json")
     for file in (picture, record):
         if not file.parent.is_dir():
             raise UsageError(f"{file}: the folder {file.parent} does not exist; make it first")
 
-    from popen.predict import Predictor
+    from popen.predict import Predictor, upright
 
+    opened = upright(stored)
     prediction = Predictor(model)(opened, question, ensemble, threshold)
 
     from popen.evaluation.overlay import overlay

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -101,6 +102,13 @@ def halves() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def autocast(wanted: bool) -> AbstractContextManager[object]:
+    """Forward passes in bfloat16 where that is wanted and fast."""
+    import torch
+
+    return torch.autocast(device().type, torch.bfloat16) if wanted and halves() else nullcontext()
 
 
 def grouped() -> bool:

@@ -169,13 +169,17 @@ def memory(model: Segmenter, devices: Devices, rows: int) -> Memory:
     """One device's share of a training step with `rows` questions on each.
 
     DDP keeps the gradients a second time, in the buckets that it sends. FSDP gives each device 1 / count of
-    weights, gradients and moments; two blocks' weights are gathered whole at a time.
+    weights, gradients and moments; two blocks' weights are gathered whole at a time, and what lies outside
+    the language model's blocks all the step long, with its gradients.
     """
     weights, gradients, optimizer = held(model)
     if devices.count > 1 and devices.sharded:
-        block = sum(p.nbytes for p in model.causal.base_model.layers[0].parameters())
+        blocks = model.causal.base_model.layers
+        inside, inside_gradients, _ = held(blocks)
+        outside, outside_gradients = weights - inside, gradients - inside_gradients
         weights, gradients, optimizer = (n // devices.count for n in (weights, gradients, optimizer))
-        weights += 2 * block
+        weights += outside + 2 * sum(p.nbytes for p in blocks[0].parameters())
+        gradients += outside_gradients
     elif devices.count > 1:
         gradients *= 2
     return Memory(weights, gradients, optimizer, activations(model, rows))

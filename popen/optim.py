@@ -20,7 +20,7 @@ def optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW, without weight decay on vectors; with `params.muon`, Muon for the matrices it is made for.
 
-    Muon takes weights of linear layers, tied embeddings left out; `params.muon` is its learning rate in
+    Muon takes weights of linear layers (see `_between_layers`); `params.muon` is its learning rate in
     AdamW's scale (updates are matched in RMS). A language model from scratch learns more a step with it
     (docs/experiments.md). AdamW takes all of the `slow` part, which knows its trade already.
     """
@@ -122,6 +122,10 @@ def deal(muon: torch.optim.Muon) -> None:
 
 
 def _between_layers(model: nn.Module) -> list[torch.Tensor]:
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    return [w for w in linear if w.requires_grad and id(w) not in embedded]
+    """Weights of the linear layers that train, but for a language model's head, tied or not, and LoRA's."""
+    modules = dict(model.named_modules())
+    heads = [m.get_output_embeddings() for m in modules.values() if hasattr(m, "get_output_embeddings")]
+    ends = [m for m in modules.values() if isinstance(m, nn.Embedding)] + heads
+    left_out = {id(m.weight) for m in ends if m is not None}
+    linear = [m.weight for name, m in modules.items() if isinstance(m, nn.Linear) and "lora_" not in name]
+    return [w for w in linear if w.requires_grad and id(w) not in left_out]

@@ -136,7 +136,7 @@ class TrainParams(Group):
     images: Positive  # images a micro-batch, of all devices together; a step takes images x accumulate
     accumulate: Positive
     lr: float = Field(gt=0)
-    muon: float = Field(ge=0)  # learning rate of Muon for matrices of the LM's blocks; 0: AdamW for all
+    muon: float = Field(ge=0)  # learning rate of Muon for the matrices between layers; 0: AdamW for all
     warmup: Share
     weight_decay: float = Field(ge=0)
     clip: float = Field(gt=0)
@@ -229,7 +229,7 @@ class AlignParams(Group):
 
 class CalibrateParams(Group):
     thresholds: list[float] = Field(min_length=1)  # logits tried on validation
-    questions: Positive  # at most, from the validation split
+    questions: Positive  # the first ones of the role `val` whose images are annotated, at most
 
 
 class EnsembleParams(Group):

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -37,6 +37,17 @@ class Parts(Generic[T]):
     write: Callable[[Path, list[T]], object]
     read: Callable[[Path], Iterable[T]]
     cores: int = 1
+    before: frozenset[str] = field(init=False)  # the batches that were there when this was made
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "before", frozenset(path.name for path in self.folder.glob("batch-*")))
+
+    def lacks(self, number: int) -> bool:
+        """Whether a batch is still to be made. For a process beside the main one, one that was there is
+        not, even if its file is gone: the main one has written the result and cleared the folder while this
+        one was loading its model."""
+        file = self.file(number)
+        return not file.exists() and (devices.is_main() or file.name not in self.before)
 
     def file(self, number: int) -> Path:
         return self.folder / f"batch-{number:08d}"
@@ -72,7 +83,7 @@ def in_batches(
             yield from make(number)
         return
     share = numbers[devices.rank() :: devices.count()]
-    mine = [n for n in share if not parts.file(n).exists()]
+    mine = [n for n in share if parts.lacks(n)]
     helpers = max(1, min(parts.cores, len(mine)))
 
     def work(wanted: Sequence[int]) -> None:
@@ -81,9 +92,7 @@ def in_batches(
 
     with _helped(work, [mine[first::helpers] for first in range(1, helpers)]):
         work(_bar(mine[::helpers], name))
-    work(
-        [n for n in share if not parts.file(n).exists()]
-    )  # where a helper failed: here it fails in its words
+    work([n for n in share if parts.lacks(n)])  # where a helper failed: here it fails in its words
     if not devices.is_main():
         return
     for number in numbers:

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from PIL import Image
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
 
 from popen import devices
 from popen.ensemble import members
 from popen.ensemble.members import Ensemble
-from popen.ensemble.score import REWARD, Score
+from popen.ensemble.score import FEATURES, REWARD, Score
 from popen.evaluation.answering import prediction
 from popen.evaluation.prediction import Prediction
 from popen.model.batches import Row
@@ -72,16 +73,31 @@ def write_bundle(
 
 
 def load_ensemble(folder: Path) -> tuple[Ensemble, Settings]:
-    """The ensemble of a bundle, on the CPU. Raises ModelError where a part is missing."""
+    """The ensemble of a bundle, on the CPU. Raises ModelError where a part is missing, or is not as this
+    version of popen writes it."""
     for name in ("settings.json", "score.json", "attention.safetensors"):
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: no whole bundle here ({name} is missing); run `make repro`")
-    settings = Settings.from_json((folder / "settings.json").read_text(encoding="utf-8"))
     model = Segmenter.load(folder / "model")
-    score, attention = members.load(folder, model)
+    try:
+        settings = Settings.from_json((folder / "settings.json").read_text(encoding="utf-8"))
+        score, attention = members.load(folder, model)
+        if score.features not in (FEATURES, REWARD):
+            raise ValueError(f"the score weighs {', '.join(score.features)}, not {', '.join(FEATURES)}")
+    except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder}: not a bundle as this version of popen writes it ({' '.join(str(error).split())}); "
+            "make it again (`dvc repro calibrate`), or use the version that made it"
+        ) from None
     reference = Segmenter.load(folder / "reference") if score.features == REWARD else None
     ensemble = Ensemble(model, reference, score, attention, settings.ensemble, settings.threshold)
     return ensemble, settings
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image as viewers show it, turned as its EXIF data says. Data sets' masks lie on the pixels as
+    stored, but who asks about a photograph means what there is to see."""
+    return ImageOps.exif_transpose(image)
 
 
 class Predictor:

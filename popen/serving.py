@@ -18,7 +18,10 @@ _SERVER = "mlflow.pyfunc.scoring_server.app"  # the module whose import starts `
 
 
 def read_image(value: str) -> Image.Image:
-    """An image from its file's base64 text, or from a path on the server. Raises RequestError, ImageError."""
+    """An image as stored, from its file's base64 text or a path on the server.
+
+    Raises RequestError, ImageError.
+    """
     try:
         on_disk = len(value) < 1024 and Path(value).is_file()
     except OSError:  # base64 text may be too long for a file's name
@@ -48,7 +51,8 @@ class PopenModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """One record a row: {answer, masks: [RLE], scores: {loglik, confidence}, seconds}.
+        """One record a row: {answer, masks: [RLE], scores: {loglik, confidence}, seconds}. Masks are of the
+        image turned as its EXIF data says.
 
         Raises RequestError.
         """
@@ -65,6 +69,8 @@ class PopenModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
             raise internal(error) from error
 
     def _answers(self, asked: pd.DataFrame, params: dict[str, Any]) -> list[dict[str, Any]]:
+        from popen.predict import upright
+
         members, threshold = int(params.get("members", 1)), params.get("threshold")
         if not 1 <= members <= 64:
             raise RequestError(f"members: 1 to 64, not {members}")
@@ -72,7 +78,8 @@ class PopenModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
         for image, question in zip(asked["image"], asked["question"], strict=True):
             if not str(question).strip():
                 raise RequestError("question: it is empty")
-            found = self.predictor(read_image(str(image)), str(question), members, threshold)
+            opened = upright(read_image(str(image)))
+            found = self.predictor(opened, str(question), members, threshold)
             scores = {"loglik": found.loglik, "confidence": found.confidence}
             masks = [dict(mask) for mask in found.masks]
             out.append({"answer": found.text, "masks": masks, "scores": scores, "seconds": found.seconds})

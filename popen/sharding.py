@@ -37,6 +37,8 @@ def shard(model: nn.Module) -> None:
         if type(module).__name__ in layers:
             fully_shard(module)
     fully_shard(model, ignored_params=set(_scalars(model)))
+    for scalar in _scalars(model):
+        scalar.data = scalar.data.to(devices.device())  # which FSDP2 does with the others alone
 
 
 def _scalars(model: nn.Module) -> list[nn.Parameter]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from popen.params import TrainParams
 
 Log = Callable[[dict[str, float], int], None]
 Loss = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Any]]]  # parts: tensors () or numbers
+
+
+# how long processes wait for the main one, which may be writing a checkpoint of 26 GB to a slow disk
+PATIENCE = timedelta(hours=2)
 
 
 class DivergedError(RuntimeError):
@@ -120,7 +125,8 @@ def train(
     Raises DivergedError before the optimiser step when the loss or its gradient is not finite, and
     DevicesError for what several processes cannot share.
     """
-    from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
     from transformers import get_cosine_schedule_with_warmup
 
     model.train()
@@ -129,7 +135,10 @@ def train(
         gradient_accumulation_steps=params.accumulate,
         cpu=not torch.cuda.is_available(),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
     halves = params.bf16 and devices.halves()
     if halves:
@@ -219,11 +228,10 @@ def train(
 
 def _in_halves(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A model's forward, and with it the backward, in bfloat16; the loss keeps its float32."""
-    kind = devices.device().type
 
     @wraps(forward)
     def halved(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(kind, torch.bfloat16), _plain_attention():
+        with devices.autocast(True), _plain_attention():
             return forward(*args, **kwargs)
 
     return halved

@@ -21,6 +21,7 @@ from popen.data.images import open_image
 from popen.devices import DevicesError
 from popen.masks import decode
 from popen.model.batches import Batch, Row
+from popen.model.language import load_tokenizer
 from popen.model.losses import sft_loss
 from popen.model.segmenter import Segmenter
 from popen.params import AlignParams, TrainParams
@@ -29,7 +30,8 @@ from popen.preference.records import MaskPairs, TextPair
 from popen.samples import Sample
 from popen.training import DivergedError, train
 from tests import test_training as toys
-from tests.conftest import WEIGHTS
+from tests.conftest import CATEGORIES, WEIGHTS
+from tests.model.llava import llava_params, write_llava, write_tower
 from tests.preference.test_sampling import masks, texts
 from tests.processes import together
 
@@ -295,6 +297,39 @@ def test_a_sharded_model_makes_the_steps_of_a_whole_one_and_resumes_its_checkpoi
     whole = trained(mini_model, sft, batch, tmp_path / "two")
     assert len(whole[0]) == 2
     same(one, whole)
+
+
+@pytest.mark.slow
+def test_a_sharded_llava_in_bfloat16_makes_the_steps_of_a_whole_one(data: Data, tmp_path: Path) -> None:
+    """What docs/full_scale.md advises: frozen weights in bfloat16, LoRA, checkpointing."""
+    tower = write_tower(write_llava(tmp_path / "llava"), tmp_path)
+    params = llava_params(tmp_path / "llava", tower, dtype="bfloat16", checkpointing=True)
+    model = Segmenter(params, load_tokenizer(params.language.name), CATEGORIES)
+    model.tower.requires_grad_(False)
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} >= {torch.bfloat16}
+    batch = sft_batch(model, data)
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return sft_loss(model(batch), batch, WEIGHTS)
+
+    one = trained(model, loss, batch, tmp_path / "one")
+
+    def work() -> Any:
+        os.environ["POPEN_SHARD"] = "1"
+        straight = trained(model, loss, batch, tmp_path / "two")
+        torch.distributed.barrier()
+        return straight, trained(model, loss, batch, tmp_path / "one")
+
+    (first, behind_one), (second, _) = together(work)
+    means = [(mine + others) / 2 for mine, others in zip(first[0], second[0], strict=True)]
+    assert means == pytest.approx(one[0], rel=5e-3)
+    assert len(behind_one[0]) == 2
+    before = model.state_dict()
+    moved = {name for name, value in one[2].items() if not value.equal(before[name])}
+    assert any("lora_" in name for name in moved)
+    for other in (first[2], behind_one[2]):
+        for name in moved:  # the two round apart
+            torch.testing.assert_close(other[name], one[2][name], atol=2e-3, rtol=0)
 
 
 def work_on(model: Segmenter, batch: Callable[..., Any], folder: Path) -> Any:

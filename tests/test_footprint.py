@@ -142,9 +142,16 @@ def test_devices_share_what_is_sharded() -> None:
         2 * alone.gradients,
         alone.optimizer,
     )
-    assert (fsdp.gradients, fsdp.optimizer) == (alone.gradients // 8, alone.optimizer // 8)
-    block = sum(p.nbytes for p in model.causal.model.layers[0].parameters())
-    assert fsdp.weights == alone.weights // 8 + 2 * block
+    # float32; of a block the attention, the three parts of the MLP and two norms, of D 32 and F 64
+    block = 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    outside = sum(t.nbytes for name, t in named if ".layers." not in name)
+    assert outside == alone.weights - 2 * block
+    assert fsdp.weights == alone.weights // 8 + outside + 2 * block
+    trained = sum(p.nbytes for n, p in model.named_parameters() if ".layers." not in n and p.requires_grad)
+    assert trained
+    assert fsdp.gradients == alone.gradients // 8 + trained
+    assert fsdp.optimizer == alone.optimizer // 8
     assert alone.activations == ddp.activations == fsdp.activations
     assert memory(model, Devices(1, 80, False), 4).activations > 1.9 * alone.activations
 

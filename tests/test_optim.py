@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from popen import devices
 from popen.optim import Muon32, optimizers, orthogonal
@@ -66,6 +68,21 @@ def test_muon_takes_matrices_between_layers_alone_and_leaves_the_rest_to_adamw()
     left = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert id(model.layer.weight) not in left
     assert id(model.embed.weight) in left
+
+
+def test_muon_takes_neither_a_head_nor_lora() -> None:
+    """Of a language model that is named: its head is tied to nothing, its blocks train through adapters."""
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
+    )
+    language = LlamaForCausalLM(config)
+    assert language.lm_head.weight is not language.model.embed_tokens.weight
+    _, muon = optimizers(language, params(muon=0.02))
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
+    blocks = [p for n, p in language.named_parameters() if n.endswith("proj.weight")]
+    assert taken == {id(p) for p in blocks}
+    adapted = get_peft_model(language, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert len(optimizers(adapted, params(muon=0.02))) == 1
 
 
 SHAPES = [(6, 9), (9, 6), (6, 9), (5, 5)]

@@ -118,6 +118,31 @@ def test_what_was_there_and_is_gone_is_made_again(tmp_path: Path) -> None:
     assert first.exists()
 
 
+def test_who_comes_late_makes_nothing_again(tmp_path: Path) -> None:
+    """All was there, the main process wrote the result and cleared the folder while the other loaded its
+    model: that one once made its whole share again, and left it there."""
+    for number in NUMBERS:
+        kept(tmp_path).save(number, list(tens(number)))
+
+    def work() -> tuple[list[int], list[int]]:
+        parts, made = kept(tmp_path), list[int]()
+
+        def make(number: int) -> Iterator[int]:
+            made.append(number)
+            return tens(number)
+
+        while os.environ["RANK"] == "1" and tmp_path.exists():
+            time.sleep(0.05)
+        records = list(in_batches(NUMBERS, make, "test", parts))
+        if os.environ["RANK"] == "0":
+            time.sleep(1.0)  # until the other has looked at what there is
+            parts.clear()
+        return made, records
+
+    assert together(work, grouped=False) == [([], EXPECTED), ([], [])]
+    assert not tmp_path.exists()
+
+
 def test_two_processes_make_the_preference_data_and_answers_of_one(
     taught: Segmenter, data: Data, tmp_path: Path
 ) -> None:

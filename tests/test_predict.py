@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from popen import devices
+from popen.data.images import open_image
 from popen.ensemble.attention import RefinementAttention
 from popen.ensemble.members import Ensemble
 from popen.ensemble.score import FEATURES, Score, reward_score
@@ -21,7 +22,7 @@ from popen.model.batches import Row
 from popen.model.generate import generate
 from popen.model.segmenter import ModelError, Segmenter
 from popen.params import EnsembleParams
-from popen.predict import Predictor, QuestionError, Settings, load_ensemble, write_bundle
+from popen.predict import Predictor, QuestionError, Settings, load_ensemble, upright, write_bundle
 from popen.samples import Sample
 
 Data = tuple[Path, list[Sample]]
@@ -118,6 +119,38 @@ def test_a_part_that_is_missing_is_named(bundle: Path, part: str) -> None:
         Predictor(bundle)
     with pytest.raises(ModelError, match=r"settings\.json is missing"):
         load_ensemble(bundle / "model")
+
+
+@pytest.mark.parametrize(
+    ("part", "old", "new", "why"),
+    [
+        ("score.json", "agreement", "reward", "the score weighs logp, confidence, reward, not logp"),
+        ("score.json", '"weight"', '"weights"', "weights"),
+        ("settings.json", '"sigma"', '"noise"', "noise"),
+        ("settings.json", '"max_new_tokens"', '"longest"', "longest"),
+        ("settings.json", "{", "", "Extra data"),
+        ("attention.safetensors", "gate", "date", "date"),
+    ],
+)
+def test_a_bundle_of_another_version_is_refused(
+    bundle: Path, part: str, old: str, new: str, why: str
+) -> None:
+    """Of three features, not two: an older version's third one would be weighed as if it were ours."""
+    changed = (bundle / part).read_bytes().replace(old.encode(), new.encode(), 1)
+    (bundle / part).write_bytes(changed)
+    with pytest.raises(ModelError, match=rf"not a bundle as this version of popen writes it \(.*{why}"):
+        Predictor(bundle)
+
+
+def test_an_image_is_turned_as_viewers_turn_it(tmp_path: Path) -> None:
+    seen = Image.fromarray(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    seen.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "stored.png", exif=exif)
+    stored = open_image(tmp_path, "stored.png", 100)
+    assert stored.size == (5, 7)
+    assert np.array_equal(np.asarray(upright(stored)), np.asarray(seen))
+    assert upright(seen).tobytes() == seen.tobytes()
 
 
 def test_one_answer_is_the_models_own_at_the_calibrated_threshold(

@@ -86,6 +86,18 @@ def test_paths_and_base64_give_the_predictors_answers(served: Any, bundle: Path,
         assert answer["seconds"] > 0
 
 
+def test_a_photograph_is_asked_as_it_is_seen(served: Any, bundle: Path, data: Data, tmp_path: Path) -> None:
+    root, samples = data
+    seen, exif = Image.open(root / samples[0].image).convert("RGB").resize((40, 20)), Image.Exif()
+    exif[0x0112] = 6
+    seen.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    answer = ask(served, str(tmp_path / "phone.png"), samples[0].question)
+    found = Predictor(bundle)(seen, samples[0].question)
+    assert (answer["answer"], answer["masks"]) == (found.text, [dict(mask) for mask in found.masks])
+    assert all(mask["size"] == [20, 40] for mask in answer["masks"])
+    assert answer["masks"]
+
+
 def test_parameters_reach_the_predictor(served: Any, bundle: Path, data: Data) -> None:
     root, samples = data
     path, question = root / samples[0].image, samples[0].question

@@ -89,6 +89,8 @@ def _regions(annotations: object, height: int, width: int) -> tuple[Region, ...]
     for annotation in annotations:
         rle = annotation_rle(annotation, height, width)
         category = take(annotation, "category_name", str)
+        if not normal(category):
+            raise RecordError(f"the category of an annotation is blank ({category!r})")
         name = take(annotation, "rephrased_name", str) if annotation.get("rephrased_name") else ""
         regions.append(Region(name or f"the {normal(category)}", category, rle))
     return tuple(regions)

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from popen.ensemble.attention import RefinementAttention, best_embedding, mean_embedding
-from popen.ensemble.score import FEATURES, Score, agreement, mask_confidence
+from popen.ensemble.score import FEATURES, Score, agreement
+from popen.evaluation.answering import mask_confidence
 from popen.model import IGNORED
 from popen.model.batches import Batch, Row
 from popen.model.generate import Answer, generate_members

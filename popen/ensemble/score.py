@@ -34,13 +34,6 @@ least Bayes risk, as in machine translation, with the metric of the benchmark)."
 REWARD = ("reward",)  # the implicit reward, log pi - log pi_ref of the answer; needs the reference model
 
 
-def mask_confidence(logits: Tensor, threshold: float) -> Tensor:
-    """Mask logits (N, H, W) -> (N,): mean foreground probability of the pixels above the threshold (a logit),
-    as Mask2Former scores its masks; 0 for an empty mask."""
-    inside = logits > threshold
-    return (logits.sigmoid() * inside).sum((1, 2)) / inside.sum((1, 2)).clamp_min(1)
-
-
 def agreement(members: Sequence[Tensor]) -> list[float]:
     """Boolean masks (n, H, W) of each of M members -> each member's mean value (summed IoU of the matched
     masks / the larger number of masks) against the M - 1 others; 1 for a member alone."""

@@ -27,14 +27,16 @@ def resize_logits(logits: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(logits[:, None], size=(height, width), mode="bilinear")[:, 0]
 
 
+def mask_confidence(logits: Tensor, threshold: float) -> Tensor:
+    """Mask logits (N, H, W) -> (N,): mean foreground probability of the pixels above the threshold (a logit),
+    as Mask2Former scores its masks; 0 for an empty mask."""
+    inside = logits > threshold
+    return (logits.sigmoid() * inside).sum((1, 2)) / inside.sum((1, 2)).clamp_min(1)
+
+
 def confidence(logits: Tensor, threshold: float) -> float:
-    """Mean probability of the pixels inside each of the masks (N, H, W), averaged over them; 1 for none
-    (ours)."""
-    if not len(logits):
-        return 1.0
-    inside = (logits > threshold).flatten(1).float()
-    probs = logits.sigmoid().flatten(1)
-    return float(((probs * inside).sum(1) / inside.sum(1).clamp(min=1)).mean())
+    """Mean `mask_confidence` of an answer's masks (N, H, W); 1 for none (ours)."""
+    return float(mask_confidence(logits, threshold).mean()) if len(logits) else 1.0
 
 
 def prediction(sample: Sample, answer: Answer, threshold: float, seconds: float) -> Prediction:

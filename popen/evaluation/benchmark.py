@@ -68,7 +68,6 @@ def row(sample: Sample, prediction: Prediction, vocabulary: Vocabulary) -> dict[
         "hits": "".join("01"[hit] for hit in iou.hits(ious)),  # one a predicted mask, for AP50
         "answer": prediction.text,
         "reference": sample.answer,
-        "seconds": prediction.seconds,
     }
 
 
@@ -139,9 +138,11 @@ def _figures(table: DataFrame) -> dict[str, float | int | None]:
     return {name: _defined(metric(table)) for name, metric in METRICS.items()} | {"questions": len(table)}
 
 
+GRANDF = ("grandf/mIoU", "grandf/AP50", "grandf/recall", "grandf/CIDEr", "grandf/METEOR")
+
+
 def grandf(table: DataFrame) -> dict[str, float | None]:
-    """GranD_f's own figures as GLaMM's code has them (Rasheed et al. 2024, `eval/gcg/evaluate.py`): mIoU,
-    AP50, mask recall, CIDEr, METEOR.
+    """GRANDF, GranD_f's own figures as GLaMM's code has them (Rasheed et al. 2024, `eval/gcg/evaluate.py`).
 
     mIoU is a mean over images; in AP50 all detections are equally sure. Other than there, recall matches by
     the Hungarian method and asks IoU >= 0.5 of a pair, not that the phrases agree as well.
@@ -150,22 +151,22 @@ def grandf(table: DataFrame) -> dict[str, float | None]:
     answers, references = list(table["answer"]), list(table["reference"])
     targets = int(table["n_true"].sum())
     values = {
-        "mIoU": float(table["greedy"].mean()),
-        "AP50": iou.average_precision(positives, targets),
-        "recall": int(table["recalled"].sum()) / targets if targets else math.nan,
-        "CIDEr": captions.cider(answers, references),
-        "METEOR": captions.meteor(answers, references),
+        "grandf/mIoU": float(table["greedy"].mean()),
+        "grandf/AP50": iou.average_precision(positives, targets),
+        "grandf/recall": int(table["recalled"].sum()) / targets if targets else math.nan,
+        "grandf/CIDEr": captions.cider(answers, references),
+        "grandf/METEOR": captions.meteor(answers, references),
     }
     return {name: _defined(value) for name, value in values.items()}
 
 
 def summarise(table: DataFrame) -> dict[str, Any]:
     """Figures of rows: every metric and `questions`; `kinds` has the same for each kind of question where
-    kinds are told; `grandf` has GranD_f's own. Fractions; None where nothing is counted."""
+    kinds are told; of GranD_f also GRANDF. Fractions; None where nothing is counted."""
     out: dict[str, Any] = _figures(table)
     named = table[table["kind"] != ""]
     if len(named):
         out["kinds"] = {str(kind): _figures(part) for kind, part in named.groupby("kind")}
     if set(table["benchmark"]) == {"grandf"}:
-        out["grandf"] = grandf(table)
+        out |= grandf(table)
     return out

@@ -8,7 +8,7 @@ from typing import Any
 
 from pandas import DataFrame
 
-from popen.evaluation.benchmark import LOWER_IS_BETTER, METRICS
+from popen.evaluation.benchmark import GRANDF, LOWER_IS_BETTER, METRICS
 from popen.evaluation.bootstrap import Comparison, compare
 from popen.evaluation.peers import PEERS
 
@@ -24,6 +24,7 @@ PAIRS = (
     ("popen+ensemble", "chosen"),
     ("popen+ensemble", "popen"),
 )
+OWN = (*PEERS, *GRANDF)  # figures that some benchmarks have beside METRICS
 COMPARED = ("gIoU", "cIoU", "gIoU_matched", "chair_i", "chair_s", "missing")
 _HEADS = {
     "gIoU": "gIoU",
@@ -51,7 +52,7 @@ def summary(figures: Summary, compared: Compared) -> dict[str, Any]:
     keys = (*METRICS, "questions")
     out: dict[str, Any] = {
         benchmark: {
-            system: {key: values[key] for key in (*keys, *(key for key in PEERS if key in values))}
+            system: {key: values[key] for key in (*keys, *(key for key in OWN if key in values))}
             for system, values in by_system.items()
         }
         for benchmark, by_system in figures.items()
@@ -106,26 +107,26 @@ def _pairs(compared: Compared) -> str:
     return _markdown(["benchmark", "systems", *_HEADS.values()], lines) if lines else "Nothing to compare.\n"
 
 
-def _grandf(figures: Summary) -> str:
-    lines = [
-        [benchmark, system, *(_percent(value) for value in values["grandf"].values())]
+def _lines(figures: Summary, keys: Sequence[str]) -> list[list[str]]:
+    """The figures named `keys`, of whatever has one of them."""
+    return [
+        [benchmark, system, *(_percent(values.get(key)) for key in keys)]
         for benchmark, by_system in figures.items()
         for system, values in by_system.items()
-        if "grandf" in values
+        if any(values.get(key) is not None for key in keys)
     ]
+
+
+def _grandf(figures: Summary) -> str:
+    lines = _lines(figures, GRANDF)
     if not lines:
         return ""
-    head = ["benchmark", "system", "mIoU", "AP50", "mask recall", "CIDEr", "METEOR"]
-    return "\n## GranD_f's own figures\n\n" + _markdown(head, lines)
+    head = [key.removeprefix("grandf/") for key in GRANDF]
+    return "\n## GranD_f's own figures\n\n" + _markdown(["benchmark", "system", *head], lines)
 
 
 def _peers(figures: Summary) -> str:
-    lines = [
-        [benchmark, system, *(_percent(values.get(key)) for key in PEERS)]
-        for benchmark, by_system in figures.items()
-        for system, values in by_system.items()
-        if any(values.get(key) is not None for key in PEERS)
-    ]
+    lines = _lines(figures, PEERS)
     if not lines:
         return ""
     head = ["teacher-forced gIoU", "teacher-forced cIoU", "per-target gIoU", "per-target cIoU"]

@@ -15,6 +15,10 @@ from popen.model.segmenter import Segmenter
 from popen.model.speech import Member, speak
 from popen.samples import SEG
 
+# Rows that a device answers at once where there are several members. What the language model keeps of these
+# is 16 GiB for LLaVA-1.5-7B and 25 for 13B (computed), beside that of their images.
+ROWS_AT_ONCE = {"cuda": 32}
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -49,13 +53,19 @@ def generate_members(
 ) -> list[list[Answer]]:
     """What M members say, in one pass over all: M lists of an answer a row, each as `generate` gives it.
 
-    The images are read once, and a word takes a large model on a GPU about as long for all members as for
-    one.
+    A word takes a large model on a GPU about as long for all members as for one, and the images are read
+    once; but no more than ROWS_AT_ONCE rows are answered together there, or one member's.
     """
-    asked = [Row(row.image, row.question) for row in rows] * len(members)
-    batch = model.encoder.batch(images, asked).to(model.device)
-    said = _generate(model, batch, max_new_tokens, members)
-    return [said[start : start + len(rows)] for start in range(0, len(said), len(rows))]
+    most = ROWS_AT_ONCE.get(model.device.type, len(rows) * len(members))
+    together = max(1, most // max(1, len(rows)))
+    found = []
+    for first in range(0, len(members), together):
+        some = members[first : first + together]
+        asked = [Row(row.image, row.question) for row in rows] * len(some)
+        batch = model.encoder.batch(images, asked).to(model.device)
+        said = _generate(model, batch, max_new_tokens, some)
+        found += [said[start : start + len(rows)] for start in range(0, len(said), len(rows))]
+    return found
 
 
 def _generate(model: Segmenter, batch: Batch, max_new_tokens: int, members: Sequence[Member]) -> list[Answer]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from popen import sharding
 from popen.model.batches import Batch
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def handed(seen: Seen, image_of_row: Tensor) -> DynamicCache:
     """What `read_images` saw -> a cache for the rows behind the images."""
     from transformers import DynamicCache
 
-    return DynamicCache([tuple(part.index_select(0, image_of_row) for part in layer) for layer in seen])
+    # the cache copies what it is given: layer by layer, or all of it would be there twice
+    return DynamicCache(tuple(part.index_select(0, image_of_row) for part in layer) for layer in seen)
 
 
 def last_states(causal: Any, batch: Batch, before: Tensor, behind: Tensor, whole: bool) -> Tensor:
@@ -61,7 +63,8 @@ def last_states(causal: Any, batch: Batch, before: Tensor, behind: Tensor, whole
     lengths = batch.attention_mask[:, n:].sum(1)
     order = lengths.argsort()
     done: list[Tensor] = []
-    for part in order.chunk(1 if order.is_cuda else PARTS):
+    # processes that share a sharded model must run its layers equally often, whatever their rows
+    for part in order.chunk(1 if order.is_cuda or sharding.wanted() else PARTS):
         start = behind.shape[1] - int(lengths[part].max())
         rest = causal.base_model(
             inputs_embeds=behind[part, start:],

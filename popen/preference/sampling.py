@@ -49,6 +49,7 @@ def text_pairs(
     seed: int,
     source: Source = rule,
     parts: Parts[TextPair | Skipped] | None = None,
+    bf16: bool = False,
 ) -> Iterator[TextPair | Skipped]:
     """P_t: of `params.samples` answers a question, the first wrong one (else the first), corrected by the
     source. Answers that it has no correction for are yielded as Skipped; a question may give no pair.
@@ -56,7 +57,8 @@ def text_pairs(
     Answers that were cut off are left out, for their correction would end where the model had not: it would
     teach to stop there. Where no other is left they are Skipped.
 
-    `parts` shares the batches among processes and keeps them (see `popen.parts.in_batches`).
+    `parts` shares the batches among processes and keeps them (see `popen.parts.in_batches`). With `bf16` the
+    reference values are of a pass in bfloat16, as the policy's will be.
     """
     encoder = model.encoder
 
@@ -83,7 +85,8 @@ def text_pairs(
         rows = [Row(row.image, row.question, fix.answer) for row, _, _, fix in kept]
         rows += [Row(row.image, row.question, text) for row, _, text, _ in kept]
         encoded = encoder.batch(images, rows).to(model.device)
-        logps = token_logps(model(encoded).logits, encoded).cpu()
+        with devices.autocast(bf16):
+            logps = token_logps(model(encoded).logits, encoded).cpu()
         for index, (_, sample, text, fix) in enumerate(kept):
             chosen, rejected = encoder.answer_ids(fix.answer), encoder.answer_ids(text)
             marks = changed_spans(chosen, rejected)
@@ -114,13 +117,15 @@ def mask_pairs(
     seed: int,
     keep_masks: bool,
     parts: Parts[MaskPair] | None = None,
+    bf16: bool = False,
 ) -> dict[str, MaskPairs]:
     """P_s: K perturbed images answer with the corrected text; each target's masks are ranked by IoU.
 
     "coarse" pairs high with low, "fine" high with medium. Masks are ranked as the perturbed images' own
     features decode them; a winner must beat the clean image's mask. With `keep_masks` the pairs hold them:
     the mask form of L_s compares them, the embedding form does not. Raises PairsError where no target gives
-    a pair for one of the two. `parts` is as for `text_pairs`; processes beside the main one return nothing.
+    a pair for one of the two. `parts` and `bf16` are as for `text_pairs`; processes beside the main one
+    return nothing.
     """
     asked = [pair for pair in pairs if pair.targets]
     copies = params.perturbed
@@ -131,12 +136,13 @@ def mask_pairs(
         part = asked[start : start + batch]
         images = [open_image(root, pair.image, max_pixels) for pair in part]
         encoded = model.encoder.batch(images, chosen_rows(part)).to(model.device)
-        clean = model(encoded)
         generator = torch.Generator().manual_seed(seed + start)
         noisy = noise_rectangles(
             encoded.images, copies, params.rectangles, params.sigma, params.side, generator
         )
-        views = [model(encoded.with_images(noisy[copy::copies])) for copy in range(copies)]
+        with devices.autocast(bf16):
+            clean = model(encoded)
+            views = [model(encoded.with_images(noisy[copy::copies])) for copy in range(copies)]
         embeddings = torch.stack([view.embeddings for view in views])  # (K, N, S, C)
         # no mask holds an ignored pixel: none counts here, and winner and loser do not differ there (L_s)
         valid = encoded.valid > 0
@@ -160,9 +166,9 @@ def mask_pairs(
                 if loser is None:
                     continue
                 values = {
-                    "winner": embeddings[ranks.high, target],
-                    "loser": embeddings[loser, target],
-                    "reference": clean.embeddings[target],
+                    "winner": embeddings[ranks.high, target].float(),
+                    "loser": embeddings[loser, target].float(),
+                    "reference": clean.embeddings[target].float(),
                     "winner_masks": masks[ranks.high, target, kept, kept],
                     "loser_masks": masks[loser, target, kept, kept],
                     "reference_masks": clean.masks[target, kept, kept].half(),

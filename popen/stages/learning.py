@@ -80,7 +80,8 @@ def validation(model: Segmenter, run: Run, held_out: Sequence[Sample]) -> Callab
     for kind in kinds:
         plan = image_plan([s for s in held_out if _kind(s) == kind], questions, run.params.seed)
         items = [plan.item(number) for number in range(min(len(plan.groups), HELD_OUT))]
-        batches[kind] = [collate(items[at : at + 24]) for at in range(0, len(items), 24)]
+        size = run.params.sft.train.images  # what fits in training fits here
+        batches[kind] = [collate(items[at : at + size]) for at in range(0, len(items), size)]
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:

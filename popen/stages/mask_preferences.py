@@ -19,7 +19,12 @@ def main() -> None:
         from popen.stages.kept import kept_parts
 
         params = run.params
-        settings = [params.mask_preferences, params.evaluate.batch, params.align.mask_form]
+        settings = [
+            params.mask_preferences,
+            params.evaluate.batch,
+            params.align.mask_form,
+            params.align.train.bf16,
+        ]
         parts = kept_parts(
             run, [MODEL, TEXT_PAIRS], settings, write_mask_pairs, read_mask_pairs, devices.cores()
         )
@@ -34,6 +39,7 @@ def main() -> None:
             params.seed,
             params.align.mask_form == "mask",
             parts,
+            bf16=params.align.train.bf16,
         )
         targets = sum(len(text.targets) for text in texts)
         for part, pairs in found.items():

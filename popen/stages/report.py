@@ -109,16 +109,17 @@ def _note(rows: pd.DataFrame, uid: str) -> str:
     return ", ".join([f"IoU {row['matched']:.2f}", *faults])
 
 
-def _shown(found: Evaluated) -> tuple[dict[str, pd.DataFrame], str, str]:
-    """Rows to take examples from, and the two systems that are put side by side."""
-    rows = found.rows.get(POOLED) or next(iter(found.rows.values()))
-    return rows, next(iter(rows)), "popen" if "popen" in rows else list(rows)[-1]
+def _shown(found: Evaluated) -> tuple[str, str, str]:
+    """The benchmark to take examples from, and the two systems that are put side by side."""
+    name = POOLED if POOLED in found.rows else next(iter(found.rows))
+    systems = list(found.rows[name])
+    return name, systems[0], "popen" if "popen" in systems else systems[-1]
 
 
 def example(found: Evaluated, uid: str, image: Image.Image) -> page.Example:
     """One question with the answers of the two systems and the truth."""
-    rows, before, after = _shown(found)
-    sample = found.samples[uid]
+    name, before, after = _shown(found)
+    sample, rows = found.samples[uid], found.rows[name]
     panels = [
         page.Panel(system, tuple(map(decode, answer.masks)), answer.text, _note(rows[system], uid))
         for system, answer in ((name, found.predictions[name][uid]) for name in (before, after))
@@ -129,13 +130,14 @@ def example(found: Evaluated, uid: str, image: Image.Image) -> page.Example:
 
 def write_examples(root: Path, data: Path, max_pixels: int, found: Evaluated) -> Path:
     """Write reports/examples.html."""
-    rows, before, after = _shown(found)
+    name, before, after = _shown(found)
+    rows = found.rows[name]
     sections = {
         heading: [example(found, uid, open_image(data, found.samples[uid].image, max_pixels)) for uid in uids]
         for heading, uids in page.choose(rows[before], rows[after], EXAMPLES).items()
     }
     lead = (
-        f"Test questions, answered freely: {before}, {after} and the truth. Chosen by rule from "
+        f"Questions of {name}, answered freely: {before}, {after} and the truth. Chosen by rule from "
         f"{len(rows[after])} questions: the extremes of each measure for {after}, good and bad."
     )
     path = root / "reports/examples.html"
@@ -146,7 +148,7 @@ def write_examples(root: Path, data: Path, max_pixels: int, found: Evaluated) ->
 
 def write_teaser(root: Path, data: Path, max_pixels: int, found: Evaluated) -> Path | None:
     """Write reports/teaser.png, flawless answers of the last system; None (no file) where there are none."""
-    rows, _, _ = _shown(found)
+    rows = found.rows[_shown(found)[0]]
     system = list(rows)[-1]
     images = {uid: sample.image for uid, sample in found.samples.items()}
     path = root / "reports/teaser.png"

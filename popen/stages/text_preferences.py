@@ -11,6 +11,7 @@ from popen.stages.artifacts import MODELS, PREFERENCES, TEXT_PAIRS, index, sampl
 from popen.stages.run import stage
 
 if TYPE_CHECKING:
+    from popen.model.segmenter import Segmenter
     from popen.parts import Parts
     from popen.preference.records import Skipped, TextPair
     from popen.preference.sources import Source
@@ -28,7 +29,12 @@ def main() -> None:
         from popen.stages.kept import kept_parts
 
         params, asked = run.params, samples("preference")
-        settings = [params.text_preferences, params.evaluate.batch, params.evaluate.max_new_tokens]
+        settings = [
+            params.text_preferences,
+            params.evaluate.batch,
+            params.evaluate.max_new_tokens,
+            params.align.train.bf16,
+        ]
         inputs = [MODEL, index("preference"), *[FOLDER] * (params.text_preferences.source == "people")]
         # a judge's requests wait for its endpoint, not for this machine, and share one budget
         cores = devices.cores() if params.text_preferences.source == "rule" else 1
@@ -64,9 +70,11 @@ def make(
     from popen.preference.records import Skipped, TextPair
     from popen.preference.sampling import text_pairs
 
+    model = Segmenter.load(MODEL).to(devices.device())
+    _stop_without_room(model, asked, params.evaluate.max_new_tokens)
     made = list(
         text_pairs(
-            Segmenter.load(MODEL).to(devices.device()),
+            model,
             Path(params.data.root),
             asked,
             params.text_preferences,
@@ -76,10 +84,24 @@ def make(
             params.seed,
             source,
             parts,
+            bf16=params.align.train.bf16,
         )
     )
     pairs = [record for record in made if isinstance(record, TextPair)]
     return pairs, [record for record in made if isinstance(record, Skipped)]
+
+
+def _stop_without_room(model: Segmenter, asked: Sequence[Sample], answer: int) -> None:
+    """Before the first answers are made: the language model must have room for them."""
+    from popen.model.segmenter import ModelError
+
+    longest = max((len(model.encoder.question_ids(sample.question)) for sample in asked), default=0)
+    if longest + answer > model.room:
+        raise ModelError(
+            f"evaluate.max_new_tokens is {answer}, but behind an image and the longest question ({longest} "
+            f"tokens) the language model has room for {model.room - longest}: lower it, or raise "
+            "model.language.max_length, with which SFT is trained anew"
+        )
 
 
 def _source(params: Params, asked: Sequence[Sample], home: Path) -> Source:

@@ -77,6 +77,7 @@ def test_crowds_are_uncompressed_rle(tmp_path: Path) -> None:
         ({"text_answers": [None, None, "\udce9"]}, "0/2", "the entry in 'text_answers' has half a character"),
         ({"question_kinds": ["\ud83d", "b", "c"]}, "0/0", "the entry in 'question_kinds' has half"),
         ({"ann_list": [annotation("\ud83d", 1, 1, 3)]}, "0", "the key 'category_name' has half a character"),
+        ({"ann_list": [annotation(" ", 1, 1, 3)]}, "0", "the category of an annotation is blank (' ')"),
         ({"file_name": "caf\udce9.jpg"}, "0", "the key 'file_name' has half a character"),
         ({"file_name": "a\0.jpg"}, "0", "the key 'file_name' has a null character"),
         ({"coco_url": "http://x/val2017/\ud83d.jpg"}, "0", "the key 'coco_url' has half a character"),

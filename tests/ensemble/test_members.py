@@ -25,7 +25,8 @@ from popen.ensemble.members import (
     refine,
     save,
 )
-from popen.ensemble.score import FEATURES, REWARD, Score, mask_confidence, reward_score
+from popen.ensemble.score import FEATURES, REWARD, Score, reward_score
+from popen.evaluation.answering import mask_confidence
 from popen.evaluation.iou import iou_matrix, matched_value
 from popen.model import IGNORED
 from popen.model.batches import Row

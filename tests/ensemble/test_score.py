@@ -15,7 +15,6 @@ from popen.ensemble.score import (
     agreement,
     correlation,
     fit,
-    mask_confidence,
     reward_score,
 )
 
@@ -121,10 +120,3 @@ def test_correlation_by_hand_and_within_questions_only() -> None:
     assert correlation(np.array([[0.0, 2.0], [102.0, 100.0]]), quality) == pytest.approx(-1 / np.sqrt(10))
     # what tells questions apart, not members, is no correlation
     assert correlation(np.array([[0.0, 0.0], [9.0, 9.0]]), quality) == 0.0
-
-
-def test_mask_confidence_by_hand() -> None:
-    logits = torch.tensor([[[0.0, 2.0], [-9.0, -9.0]], [[-1.0, -1.0], [-1.0, -1.0]]])
-    confident = torch.sigmoid(torch.tensor([0.0, 2.0])).mean().item()
-    assert mask_confidence(logits, -0.5).tolist() == pytest.approx([confident, 0.0])
-    assert mask_confidence(logits, 0.5)[0].item() == pytest.approx(torch.sigmoid(torch.tensor(2.0)).item())

@@ -11,7 +11,13 @@ import torch
 from PIL import Image
 
 from popen.evaluation import answering
-from popen.evaluation.answering import answer_batch, confidence, prediction, resize_logits
+from popen.evaluation.answering import (
+    answer_batch,
+    confidence,
+    mask_confidence,
+    prediction,
+    resize_logits,
+)
 from popen.masks import area, decode
 from popen.model.batches import Row
 from popen.model.generate import Answer, generate
@@ -29,6 +35,13 @@ def test_logits_take_the_images_size() -> None:
     assert wide.shape == (1, 2, 4)
     assert wide[0].tolist() == [[1.0, 1.5, 2.5, 3.0], [5.0, 5.5, 6.5, 7.0]]  # bilinear, pixels are areas
     assert resize_logits(torch.zeros(0, 2, 2), 5, 6).shape == (0, 5, 6)
+
+
+def test_mask_confidence_by_hand() -> None:
+    logits = torch.tensor([[[0.0, 2.0], [-9.0, -9.0]], [[-1.0, -1.0], [-1.0, -1.0]]])
+    confident = torch.sigmoid(torch.tensor([0.0, 2.0])).mean().item()
+    assert mask_confidence(logits, -0.5).tolist() == pytest.approx([confident, 0.0])
+    assert mask_confidence(logits, 0.5)[0].item() == pytest.approx(torch.sigmoid(torch.tensor(2.0)).item())
 
 
 def test_confidence_by_hand() -> None:
@@ -51,8 +64,8 @@ def test_a_prediction_cuts_at_the_threshold_and_at_the_images_size(sample: Sampl
     (rle,) = found.masks
     assert rle["size"] == [8, 4]
     expected = np.zeros((8, 4), dtype=bool)
-    expected[:4, :2] = True
-    assert (decode(rle) <= expected).all()
+    expected[:3, :2] = True  # twice as high: of the fourth row the logit is 3/4 * 1 - 1/4 * 3 = 0, below 0.5
+    assert (decode(rle) == expected).all()
     assert area(prediction(tall, answer, 1.5, 0.0).masks[0]) == 0
     assert area(prediction(tall, answer, -4.0, 0.0).masks[0]) == 32
     assert found.confidence == pytest.approx(float(torch.tensor(1.0).sigmoid()))

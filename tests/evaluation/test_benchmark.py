@@ -127,13 +127,13 @@ def test_grandf_figures_by_hand(ask: Ask, say: Say, monkeypatch: pytest.MonkeyPa
         say("grandf/val/0", "the cup {seg}", (0, 0, 3, 2), confidence=0.2),  # which is not looked at
         say("grandf/val/1", "a bird {seg} and cat {seg}", (4, 4, 2, 2), (0, 0, 2, 2), confidence=0.9),
     ]
-    figures = summarise(rows(samples, answers))["grandf"]
-    assert figures["mIoU"] == pytest.approx((0.75 + 1.0) / 2)
-    assert figures["recall"] == pytest.approx(2 / 3)
+    figures = summarise(rows(samples, answers))
+    assert figures["grandf/mIoU"] == pytest.approx((0.75 + 1.0) / 2)
+    assert figures["grandf/recall"] == pytest.approx(2 / 3)
     # in their order hit, miss, hit of three targets: precision 1 to a third, then 2/3
-    assert figures["AP50"] == pytest.approx((34 + 33 * (2 / 3)) / 101)
-    assert 0 < figures["CIDEr"] < 10
-    assert figures["METEOR"] is None
+    assert figures["grandf/AP50"] == pytest.approx((34 + 33 * (2 / 3)) / 101)
+    assert 0 < figures["grandf/CIDEr"] < 10
+    assert figures["grandf/METEOR"] is None
 
 
 def test_refuses_what_does_not_fit(ask: Ask, say: Say) -> None:

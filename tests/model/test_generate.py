@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from popen.model import generate as made_by
 from popen.model.batches import Row
-from popen.model.generate import _text, generate
+from popen.model.generate import _text, generate, generate_members
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
+from popen.model.speech import Member
 from popen.samples import Sample
 
 
@@ -87,6 +89,30 @@ def test_answers_are_those_that_were_taught(taught: Segmenter, data: tuple[Path,
     found = generate(taught, images, asked, 24)
     assert [answer.text for answer in found] == [sample.answer for sample in samples]
     assert all(answer.token_ids == taught.encoder.answer_ids(answer.text)[:-1] for answer in found)
+
+
+@pytest.mark.parametrize(("most", "passes"), [(12, 1), (11, 2), (8, 2), (3, 3)])
+def test_members_share_passes_of_a_limited_size(
+    taught: Segmenter,
+    data: tuple[Path, list[Sample]],
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    passes: int,
+) -> None:
+    """What a large model keeps of its rows would not fit a device otherwise."""
+    root, samples = data
+    images = [Image.open(root / sample.image) for sample in samples]
+    asked = [Row(index, sample.question) for index, sample in enumerate(samples)]
+    members = [Member(0.0, 5), Member(1.2, 6), Member(1.2, 7)]
+    alone = [generate(taught, images, asked, 24, one.temperature, one.seed) for one in members]
+    rows, speak = list[int](), made_by.speak
+    monkeypatch.setattr(
+        made_by, "speak", lambda m, batch, *a: (rows.append(len(batch.asked)), speak(m, batch, *a))[1]
+    )
+    monkeypatch.setattr(made_by, "ROWS_AT_ONCE", {"cpu": most})
+    found = generate_members(taught, images, asked, 24, members)
+    assert (len(rows), sum(rows), max(rows) <= max(most, len(asked))) == (passes, 12, True)
+    assert [[a.text for a in said] for said in found] == [[a.text for a in said] for said in alone]
 
 
 def test_an_answer_tells_whether_it_ended_by_itself(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from popen import devices
 from popen.masks import decode, encode
 from popen.model import IGNORED
 from popen.model.batches import Row
@@ -19,9 +20,11 @@ from popen.model.segmenter import Segmenter
 from popen.params import AlignParams, SftWeights, TrainParams
 from popen.preference.alignment import align_loss, collate, collate_chosen, preference_loss, winners
 from popen.preference.records import MaskPairs, TextPair
+from popen.preference.sampling import mask_pairs, text_pairs
 from popen.preference.text import changed_spans
 from popen.samples import Rle, Sample
 from tests.conftest import WEIGHTS, square
+from tests.preference import test_sampling
 
 Data = tuple[Path, list[Sample]]
 LOG2 = math.log(2.0)
@@ -160,6 +163,28 @@ def test_the_reference_itself_has_nothing_to_gain(
     with torch.no_grad():
         loss, _ = preference_loss(taught(made.batch), made, halved)
     assert float(loss) == pytest.approx(0.75 * LOG2, abs=1e-3)
+
+
+@pytest.mark.skipif(not devices.halves(), reason="this CPU emulates bfloat16")
+def test_a_reference_in_bfloat16_has_nothing_to_gain_in_bfloat16(taught: Segmenter, data: Data) -> None:
+    """In another precision it has, from nothing."""
+    said = [
+        pair
+        for pair in text_pairs(taught, *data, test_sampling.TEXT, 3, 24, 2000, 0, bf16=True)
+        if isinstance(pair, TextPair)
+    ]
+    pairs = mask_pairs(taught, data[0], said, test_sampling.MASKS, 3, 2000, 0, keep_masks=False, bf16=True)[
+        "coarse"
+    ]
+    assert {value.dtype for value in (pairs.winner, pairs.loser, pairs.reference)} == {torch.float32}
+    made = collate(taught, data[0], 2000, pairs)(said)
+    assert made.differs.any()
+    margins = []
+    for halves in (True, False):
+        with devices.autocast(halves), torch.no_grad():
+            _, parts = preference_loss(taught(made.batch), made, PARAMS)
+        margins.append(abs(float(parts["rewards_t/margins"])) + abs(float(parts["rewards_s/margins"])))
+    assert margins[0] < margins[1] / 10
 
 
 def test_the_anchor_is_the_sft_loss_of_the_winners_alone(

@@ -93,7 +93,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, settings: Params) -> Path:
                 )
                 path = root / f"metrics/{name}/{system}.json"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(summarise(rows(samples, predictions))))
+                path.write_text(json.dumps(summarise(rows(samples, predictions)), sort_keys=True))
     curves = root / "artifacts/curves"
     curves.mkdir()
     (curves / "sft.csv").write_text("step,name,value\n1,loss,2.0\n2,loss,1.0\n")
@@ -159,6 +159,7 @@ def test_examples_are_escaped_and_stand_alone(project: Path, built: object) -> N
     assert "What is on the table &amp; &lt;needed&gt; for dinner?" in html
     assert "<needed>" not in html
     assert "Hallucinated" in html
+    assert f"Questions of {POOLED}, answered freely: sft, popen and the truth." in html
     assert "1 absent" in html
     assert "http" not in html
     assert html.count('src="data:image/jpeg;base64,') == 3 * html.count("<article>") > 0
@@ -174,8 +175,9 @@ def test_same_inputs_same_bytes(project: Path, settings: Params, built: tuple[ob
 def test_names_for_tracking(built: tuple[dict[str, dict[str, dict[str, float]]], object]) -> None:
     values = flat(built[0])
     assert values["gIoU/refcoco+/popen+ensemble"] == 1.0
-    per_target = 2 * len(SYSTEMS)  # of the pooled MUSE questions
-    assert len(values) == (len(BENCHMARKS) + 1) * len(SYSTEMS) * 8 + per_target
+    own = (2 + 4) * len(SYSTEMS)  # per target of the pooled MUSE questions; GranD_f's, without Java
+    assert len(values) == (len(BENCHMARKS) + 1) * len(SYSTEMS) * 8 + own
+    assert values["grandf/AP50/grandf/popen+ensemble"] == 1.0
 
 
 def test_says_what_is_missing_and_which_stage_makes_it(

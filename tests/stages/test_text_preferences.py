@@ -15,12 +15,13 @@ import yaml
 from popen import cli_corrections
 from popen.errors import explain
 from popen.model import IGNORED
-from popen.model.segmenter import Segmenter
+from popen.model.segmenter import ModelError, Segmenter
 from popen.params import load
 from popen.preference.alignment import chosen_rows
 from popen.preference.judge import KEY
 from popen.preference.people import CorrectionsError
 from popen.preference.records import read_text_pairs, write_records
+from popen.preference.sampling import rule
 from popen.preference.sources import first_wrong
 from popen.preference.text import correct
 from popen.samples import Sample, write_index
@@ -148,3 +149,12 @@ def test_export_needs_a_model(expected: bytes) -> None:
     with pytest.raises(CorrectionsError, match="artifacts/models/sft is not there; run `dvc repro sft`") as e:
         cli_corrections.export()
     assert explain(e.value) == str(e.value)
+
+
+def test_an_answer_must_have_room(expected: bytes, data: Data) -> None:
+    params = load()
+    longer = params.model_copy(
+        update={"evaluate": params.evaluate.model_copy(update={"max_new_tokens": 1000})}
+    )
+    with pytest.raises(ModelError, match=r"evaluate\.max_new_tokens is 1000, .* room for \d+: lower it"):
+        text_preferences.make(longer, data[1], rule)
