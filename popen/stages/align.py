@@ -22,11 +22,14 @@ def main(part: str) -> None:
         start, out = (MODELS / name for name in FROM_TO[part])
         model = Segmenter.load(start)
         model.tower.requires_grad_(False)
-        plan = pair_plan(list(read_text_pairs(TEXT_PAIRS)), params.seed + (part == "fine"))
+        train = params.align.train
+        # fine goes on behind the pairs of coarse: the two see what `chosen` sees, in its order
+        seen = train.steps * train.images * train.accumulate if part == "fine" else 0
+        plan = pair_plan(list(read_text_pairs(TEXT_PAIRS)), params.seed, seen)
         fit(
             run,
             model,
-            params.align.train,
+            train,
             plan,
             collate(model, Path(params.data.root), params.data.max_pixels, MaskPairs.load(masks)),
             align_loss(params.align, params.sft.loss),

@@ -106,10 +106,11 @@ def _kind(sample: Sample) -> str:
     return "refcoco" if sample.benchmark in refcoco.SPLITS else sample.benchmark
 
 
-def pair_plan(pairs: Sequence[Pair], seed: int) -> Callable[[int], Pair]:
-    """Item number -> a question; each comes once an epoch, in an order of the seed's."""
+def pair_plan(pairs: Sequence[Pair], seed: int, start: int = 0) -> Callable[[int], Pair]:
+    """Item number -> a question; each comes once an epoch, in an order of the seed's. The first `start` are
+    passed over: a stage before saw them."""
     plan = Plan(pairs, 1, seed, key=lambda pair: pair.uid)
-    return lambda index: plan.item(index)[0]
+    return lambda index: plan.item(start + index)[0]
 
 
 def both_stages(params: TrainParams) -> TrainParams:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from popen.model import generate as made_by
-from popen.model.batches import Row
+from popen.model.batches import Batch, Row
 from popen.model.generate import _text, generate, generate_members
 from popen.model.losses import token_logps
 from popen.model.segmenter import Segmenter
-from popen.model.speech import Member
+from popen.model.speech import Member, Speech
 from popen.samples import Sample
 
 
@@ -106,9 +107,12 @@ def test_members_share_passes_of_a_limited_size(
     members = [Member(0.0, 5), Member(1.2, 6), Member(1.2, 7)]
     alone = [generate(taught, images, asked, 24, one.temperature, one.seed) for one in members]
     rows, speak = list[int](), made_by.speak
-    monkeypatch.setattr(
-        made_by, "speak", lambda m, batch, *a: (rows.append(len(batch.asked)), speak(m, batch, *a))[1]
-    )
+
+    def counted(model: Segmenter, batch: Batch, *more: Any) -> Speech:
+        rows.append(len(batch.asked))
+        return speak(model, batch, *more)
+
+    monkeypatch.setattr(made_by, "speak", counted)
     monkeypatch.setattr(made_by, "ROWS_AT_ONCE", {"cpu": most})
     found = generate_members(taught, images, asked, 24, members)
     assert (len(rows), sum(rows), max(rows) <= max(most, len(asked))) == (passes, 12, True)

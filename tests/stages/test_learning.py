@@ -95,6 +95,8 @@ def test_plans(data: tuple[Path, list[Sample]]) -> None:
     samples = data[1]
     plan = pair_plan(samples, 0)
     assert sorted(plan(index).uid for index in range(4)) == sorted(sample.uid for sample in samples)
+    behind = pair_plan(samples, 0, 3)
+    assert [behind(index).uid for index in range(6)] == [plan(index).uid for index in range(3, 9)]
     twice = image_plan([*samples, *samples], 2, 0)
     assert all(len(twice.item(index)) == 2 for index in range(8))
     assert {sample.image for sample in twice.item(3)} == {twice.item(3)[0].image}
