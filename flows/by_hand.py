@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+
+import httpx
 
 from popen.errors import explain
 from popen.pipeline import find_root
@@ -39,6 +42,26 @@ def _ended_in_order() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+class ServerGoneError(RuntimeError):
+    """The server that `make up` started for this clone does not answer; the message says what to do."""
+
+
+def _find_server(root: Path) -> None:
+    """Raises ServerGoneError: Prefect would tell it in pages of stack traces, after a minute."""
+    settings = root / "prefect.toml"
+    if "PREFECT_API_URL" in os.environ or not settings.is_file():
+        return
+    url = tomllib.loads(settings.read_text(encoding="utf-8")).get("api", {}).get("url")
+    try:
+        if url:
+            httpx.get(f"{url}/health", timeout=10)
+    except httpx.HTTPError:
+        raise ServerGoneError(
+            f"Prefect's server of this clone ({url}, named in {settings}) does not answer: `make up` starts "
+            "it again, after `make down` the flow runs without one"
+        ) from None
+
+
 def by_hand(flow: Callable[[], T]) -> T:
     """Run it in the folder of the clone; an error that is written to be read ends the process with one line
     and code 1 (`POPEN_DEBUG=1` shows the stack trace).
@@ -50,6 +73,7 @@ def by_hand(flow: Callable[[], T]) -> T:
     os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
     try:
         os.chdir(find_root(Path.cwd()))
+        _find_server(Path.cwd())
         with _ended_in_order():
             return flow()
     except Exception as error:

@@ -43,12 +43,17 @@ class RetrainError(RuntimeError):
 
 
 @flow(name="retrain", persist_result=False)
-def retrain(force: bool = False, max_age_days: float | None = MONTH, share: bool = False) -> str:
+def retrain(
+    force: bool = False,
+    max_age_days: float | None = MONTH,
+    share: bool = False,
+    stage_timeout: float | None = None,
+) -> str:
     """Make and judge a new model where the data is not the champion's or the champion is old.
 
     force: also where neither holds, and every stage anew. max_age_days: None for a champion that may grow
     as old as it likes. What has not changed since, DVC does not compute again, whatever the reason.
-    share: as that of `popen_pipeline`.
+    share, stage_timeout: as those of `popen_pipeline`.
 
     Returns what became of it (Markdown). Raises RetrainError for data that breaks its contract and while
     another `retrain` is at work in this clone, PipelineError for a stage that failed.
@@ -58,29 +63,31 @@ def retrain(force: bool = False, max_age_days: float | None = MONTH, share: bool
     orphans.record(root, str(flow_run.id))
     with _alone(pipeline.find_home(root)):
         opponent.check_gate(parameters.load(root / "params.yaml"))  # before hours are spent
-        words = _retrain(root, force, max_age_days, share)
+        words = _retrain(root, force, max_age_days, share, stage_timeout)
     create_markdown_artifact(words, key="retrain", description="What became of this run, and why")
     return words
 
 
-def _retrain(root: Path, force: bool, max_age_days: float | None, share: bool) -> str:
+def _retrain(
+    root: Path, force: bool, max_age_days: float | None, share: bool, stage_timeout: float | None
+) -> str:
     update_data(root)
     home = pipeline.find_home(root)
     reason = due(champion(home), pipeline.data_hash(root), force, max_age_days, time.time())
     if reason is None:
         return "Nothing to do: the data is the champion's, and the champion is young enough."
     get_run_logger().info("A new model is made: %s", reason)
-    validate(root, share)
-    run_stages(None, force, share)
+    validate(root, share, stage_timeout)
+    run_stages(None, force, share, stage_timeout)
     check_up_to_date(root)
     outcome = register_and_judge(root, home, reason)
     get_run_logger().info(outcome.words)
     return f"{outcome.words}\n\nMade because {reason}."
 
 
-def run_stages(targets: list[str] | None, force: bool, share: bool) -> None:
+def run_stages(targets: list[str] | None, force: bool, share: bool, stage_timeout: float | None) -> None:
     """Bring stages up to date. Raises PipelineError."""
-    popen_pipeline(targets=targets, force=force, share=share)
+    popen_pipeline(targets=targets, force=force, share=share, stage_timeout=stage_timeout)
 
 
 def check_up_to_date(root: Path) -> None:
@@ -129,10 +136,10 @@ def due(
     return None
 
 
-def validate(root: Path, share: bool) -> None:
+def validate(root: Path, share: bool, stage_timeout: float | None) -> None:
     """Check the new data before anything is trained. Raises RetrainError with the contract's report."""
     try:
-        run_stages(["validate"], False, share)
+        run_stages(["validate"], False, share, stage_timeout)
     except PipelineError:
         words = broken_contract(root)
         if words is None:

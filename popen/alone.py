@@ -27,7 +27,7 @@ def alone(home: Path, work: str, folder: Path, wait: Callable[[], None]) -> Path
     file stands for each piece of work (a POSIX record lock), so no files are left behind.
 
     Of a stage's several processes the main one waits for other stages, and its helpers for it: they would
-    work in the folder that another stage is about to remove, and torch lets them wait for half an hour only.
+    work in the folder that another stage is about to remove, and torch lets them wait for so long only.
     They come back with the main one's folder: its name holds the state of the code, and an edit while they
     start must not part them.
     """

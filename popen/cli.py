@@ -153,16 +153,15 @@ def predict(
     if not any((model / name).is_file() for name in ("settings.json", "config.json")):
         raise UsageError(f"{model}: no model there; run `make repro` first or name another one with --model")
     path = image.resolve()
-    stored = open_image(path.parent, path.name, MAX_PIXELS)
+    opened = open_image(path.parent, path.name, MAX_PIXELS)
     picture = out or Path(f"{image.stem}_answer.png")
     record = json_file or Path(f"{image.stem}_answer.json")
     for file in (picture, record):
         if not file.parent.is_dir():
             raise UsageError(f"{file}: the folder {file.parent} does not exist; make it first")
 
-    from popen.predict import Predictor, upright
+    from popen.predict import Predictor
 
-    opened = upright(stored)
     prediction = Predictor(model)(opened, question, ensemble, threshold)
 
     from popen.evaluation.overlay import overlay

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 
 from popen import devices
@@ -92,12 +92,6 @@ def load_ensemble(folder: Path) -> tuple[Ensemble, Settings]:
     reference = Segmenter.load(folder / "reference") if score.features == REWARD else None
     ensemble = Ensemble(model, reference, score, attention, settings.ensemble, settings.threshold)
     return ensemble, settings
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """An image as viewers show it, turned as its EXIF data says. Data sets' masks lie on the pixels as
-    stored, but who asks about a photograph means what there is to see."""
-    return ImageOps.exif_transpose(image)
 
 
 class Predictor:

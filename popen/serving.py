@@ -18,10 +18,7 @@ _SERVER = "mlflow.pyfunc.scoring_server.app"  # the module whose import starts `
 
 
 def read_image(value: str) -> Image.Image:
-    """An image as stored, from its file's base64 text or a path on the server.
-
-    Raises RequestError, ImageError.
-    """
+    """An image from its file's base64 text, or from a path on the server. Raises RequestError, ImageError."""
     try:
         on_disk = len(value) < 1024 and Path(value).is_file()
     except OSError:  # base64 text may be too long for a file's name
@@ -69,8 +66,6 @@ class PopenModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
             raise internal(error) from error
 
     def _answers(self, asked: pd.DataFrame, params: dict[str, Any]) -> list[dict[str, Any]]:
-        from popen.predict import upright
-
         members, threshold = int(params.get("members", 1)), params.get("threshold")
         if not 1 <= members <= 64:
             raise RequestError(f"members: 1 to 64, not {members}")
@@ -78,8 +73,7 @@ class PopenModel(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
         for image, question in zip(asked["image"], asked["question"], strict=True):
             if not str(question).strip():
                 raise RequestError("question: it is empty")
-            opened = upright(read_image(str(image)))
-            found = self.predictor(opened, str(question), members, threshold)
+            found = self.predictor(read_image(str(image)), str(question), members, threshold)
             scores = {"loglik": found.loglik, "confidence": found.confidence}
             masks = [dict(mask) for mask in found.masks]
             out.append({"answer": found.text, "masks": masks, "scores": scores, "seconds": found.seconds})

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from popen import devices
-from popen.data.images import open_image
 from popen.ensemble.attention import RefinementAttention
 from popen.ensemble.members import Ensemble
 from popen.ensemble.score import FEATURES, Score, reward_score
@@ -22,7 +21,7 @@ from popen.model.batches import Row
 from popen.model.generate import generate
 from popen.model.segmenter import ModelError, Segmenter
 from popen.params import EnsembleParams
-from popen.predict import Predictor, QuestionError, Settings, load_ensemble, upright, write_bundle
+from popen.predict import Predictor, QuestionError, Settings, load_ensemble, write_bundle
 from popen.samples import Sample
 
 Data = tuple[Path, list[Sample]]
@@ -140,17 +139,6 @@ def test_a_bundle_of_another_version_is_refused(
     (bundle / part).write_bytes(changed)
     with pytest.raises(ModelError, match=rf"not a bundle as this version of popen writes it \(.*{why}"):
         Predictor(bundle)
-
-
-def test_an_image_is_turned_as_viewers_turn_it(tmp_path: Path) -> None:
-    seen = Image.fromarray(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    seen.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "stored.png", exif=exif)
-    stored = open_image(tmp_path, "stored.png", 100)
-    assert stored.size == (5, 7)
-    assert np.array_equal(np.asarray(upright(stored)), np.asarray(seen))
-    assert upright(seen).tobytes() == seen.tobytes()
 
 
 def test_one_answer_is_the_models_own_at_the_calibrated_threshold(

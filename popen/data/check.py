@@ -27,7 +27,7 @@ from popen.samples import Sample
 
 @dataclass
 class Found:
-    """One split. `images` are named by readable records, `questions` are those records' questions."""
+    """One split. `images` are named by its records, `questions` are those of readable ones."""
 
     split: str
     published: Size | None  # None: the tree is its owner's, or the split is ours
@@ -42,10 +42,9 @@ class Found:
         """Where the counts are not the published ones: "20 of 239 images"."""
         if self.published is None or self.published.rounded or self.missing_files:
             return []
-        pairs = [
-            (self.images, self.published.images, "images"),
-            (self.questions, self.published.questions, "questions"),
-        ]
+        pairs = [(self.images, self.published.images, "images")]
+        if not self.broken:  # nobody can tell how many questions an unreadable record had
+            pairs.append((self.questions, self.published.questions, "questions"))
         return [f"{n:,} of {known:,} {what}" for n, known, what in pairs if known not in (None, n)]
 
     @property
@@ -110,7 +109,8 @@ def _split(
     unread = [item for item in items if isinstance(item, Broken) and not isinstance(item, Absent)]
     first = {sample.image: sample for sample in reversed(samples)}
     facts = _facts(root, sorted(first), max_pixels, decode, split)
-    found.images, found.questions = len(first), len(samples)
+    told = first.keys() | {item.image for item in items if isinstance(item, Broken) and item.image}
+    found.images, found.questions = len(told), len(samples)
     found.missing_images = [item for item in items if isinstance(item, Absent)]
     found.missing_images += [
         Absent.of(first[path], f"{path}: no such file") for path in sorted(first.keys() - facts.keys())

@@ -208,5 +208,7 @@ def leaks(
     for paths in where.values():
         ordered = [role for role in FITTED if role in paths] + sorted(paths.keys() - set(FITTED))
         pairs = [(a, b) for a, b in combinations(ordered, 2) if a in FITTED]
-        found.append([Leak(a, b, paths[b]) for a, b in pairs if not (a == "val" and base[b] <= base[a])])
+        found.append(
+            [Leak(a, b, paths[b], paths[a]) for a, b in pairs if not (a == "val" and base[b] <= base[a])]
+        )
     return found

@@ -11,7 +11,7 @@ import pandas as pd
 from popen import masks
 from popen.data.contract_suite import Expectation
 from popen.data.records import Broken, whole
-from popen.samples import SEG, Sample
+from popen.samples import SEG, Region, Sample
 
 NAMES_KINDS = ("muse", "refcoco", "refcoco+", "refcocog")  # layouts whose annotations have a category
 
@@ -28,11 +28,17 @@ class ImageFact:
 
 @dataclass(frozen=True)
 class Leak:
-    """A photograph in two roles that must not share one; `image` is its path in the second."""
+    """A photograph in two roles that must not share one; `image` is its path in the second, `first` in the
+    first."""
 
     role: str
     other: str
     image: str
+    first: str
+
+    def __str__(self) -> str:
+        copy = "" if self.first == self.image else f" ({self.first} of {self.role})"
+        return f"{self.image}{copy}"
 
 
 class Tables:
@@ -92,13 +98,14 @@ class Tables:
             return [f"role '{names[row]}' breaks the rule: {expectation.name}" for row in expectation.rows]
         if expectation.table != "photographs":
             return []
-        shared: dict[tuple[str, str], list[str]] = {}
+        shared: dict[tuple[str, str], list[Leak]] = {}
         for leak in (leak for row in expectation.rows for leak in self._leaks[row]):
-            shared.setdefault((leak.role, leak.other), []).append(leak.image)
+            shared.setdefault((leak.role, leak.other), []).append(leak)
         return [
-            f"{len(paths)} images are in both '{a}' and '{b}', among them {', '.join(sorted(paths)[:3])}; "
-            "take other splits or parts of them in data.splits"
-            for (a, b), paths in shared.items()
+            f"{len(pairs)} images are in both '{a}' and '{b}', among them "
+            f"{', '.join(sorted(map(str, pairs))[:3])}; take other splits or parts of them in data.splits"
+            + (", or take one of two copies out" if any(leak.first != leak.image for leak in pairs) else "")
+            for (a, b), pairs in shared.items()
         ]
 
     def _records(self, unread: Sequence[Broken]) -> pd.DataFrame:
@@ -135,13 +142,21 @@ class Tables:
             {
                 "name": [t.name if has else None for t, has in zip(targets, named, strict=True)],
                 "category": [t.category if has else None for t, has in zip(targets, kinds, strict=True)],
-                "area": [masks.area(target.rle) for target in targets],
+                "area": [self._area(sample, target) for sample, target in self._targets],
                 "height": [sample.height for sample, _ in self._targets],
                 "width": [sample.width for sample, _ in self._targets],
                 "mask_height": [target.rle["size"][0] for target in targets],
                 "mask_width": [target.rle["size"][1] for target in targets],
             }
         )
+
+    @staticmethod
+    def _area(sample: Sample, target: Region) -> int | None:
+        """Pixels of a target; None where it may be empty: ReasonSeg's published val asks of some images for
+        what the ignored region covers, and LISA scores an empty answer to that as right."""
+        area = masks.area(target.rle)
+        empty = sample.benchmark == "reasonseg" and sample.split != "train" and not area
+        return None if empty else area
 
     def _role_table(self, roles: Mapping[str, Sequence[Sample]]) -> pd.DataFrame:
         shares: list[float | None] = []
@@ -160,4 +175,4 @@ def _frame(columns: Mapping[str, Sequence[object]]) -> pd.DataFrame:
 
 
 def _words(leak: Leak) -> str:
-    return f"{leak.image} in {leak.role} and {leak.other}"
+    return f"{leak} in {leak.role} and {leak.other}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,14 @@ def _read_eval(root: Path, split: str) -> Iterator[Sample | Broken]:
             key = str(take(record, "image_id", object))
             if key not in images:
                 raise RecordError(f"{mask_file} has no image {key}")
-            image = image_path("GranDf/GranDf_HA_images/val_test", take(images[key], "file_name", str))
-            height, width = take(images[key], "height", int), take(images[key], "width", int)
+            entry = images[key]
+            # other readers of these files make the name from the id and read the size of the image
+            name = take(entry, "file_name", str) if "file_name" in entry else f"{key}.jpg"
+            image = image_path("GranDf/GranDf_HA_images/val_test", name)
+            if "height" in entry and "width" in entry:
+                height, width = take(entry, "height", int), take(entry, "width", int)
+            else:
+                height, width = image_size(root, image)
             caption, labels = take(record, "caption", str), take(record, "labels", list)
             annotations = of_image.get(key, [])
             if len(labels) != len(annotations):
@@ -92,13 +99,14 @@ def _read_eval(root: Path, split: str) -> Iterator[Sample | Broken]:
                 for span, label, annotation in zip(spans, labels, annotations, strict=True)
             ]
             yield _sample(split, str(index), f"{file}#{index}", image, (height, width), caption, phrases)
-        except RecordError as error:
-            yield Broken(file, str(index), str(error), image)
+        except (RecordError, ImageError) as error:
+            yield unusable(file, str(index), error, image)
 
 
 def find_spans(labels: Sequence[str], caption: str) -> list[tuple[int, int]]:
     """Where each label stands in the caption: its first place that no other took, whole words and any case.
-    Longer labels come first, or "man" would take the place of "man in red"; equals in their order. Raises
+    Longer labels come first, or "man" would take the place of "man in red"; equals in their order. One that
+    has no place of its own there stands behind the caption: its mask is asked for all the same. Raises
     RecordError."""
     if not all(isinstance(label, str) and label.strip() for label in labels):
         raise RecordError("a label is not a text")
@@ -109,23 +117,33 @@ def find_spans(labels: Sequence[str], caption: str) -> list[tuple[int, int]]:
         start = text.find(label.lower())
         while start >= 0:
             end = start + len(label)
-            whole = not text[start - 1 : start].isalnum() and not text[end : end + 1].isalnum()
-            if whole and all(end <= first or start >= last for first, last in taken.values()):
+            free = all(end <= first or start >= last for first, last in taken.values())
+            if free and _whole_words(text, start, end):
                 taken[number] = start, end
                 break
             start = text.find(label.lower(), start + 1)
         else:
-            raise RecordError(f"the label {label!r} is not in the caption")
+            taken[number] = len(caption), len(caption)
     return [taken[number] for number in range(len(labels))]
 
 
+def _whole_words(text: str, start: int, end: int) -> bool:
+    return not text[max(0, start - 1) : start].isalnum() and not text[end : end + 1].isalnum()
+
+
 def _span(positions: list[Any], phrase: str, caption: str) -> tuple[int, int]:
+    """Where a phrase stands; its first whole words where the positions are inside of a word, as "man" in
+    "woman". Raises RecordError."""
     if len(positions) != 2 or not all(type(position) is int for position in positions):
         raise RecordError(f"the token_positives of {phrase!r} are not [start, end]")
     start, end = positions
     if not 0 <= start < end <= len(caption) or caption[start:end].lower() != phrase.lower():
         raise RecordError(f"the caption has no {phrase!r} at {start}:{end}")
-    return start, end
+    places = [start] + [found.start() for found in re.finditer(re.escape(phrase), caption, re.IGNORECASE)]
+    for place in places:
+        if _whole_words(caption, place, place + len(phrase)):
+            return place, place + len(phrase)
+    raise RecordError(f"the caption has {phrase!r} inside of a word alone")
 
 
 def _union(rles: list[Any], height: int, width: int) -> Rle:

@@ -12,6 +12,16 @@ from pathlib import Path
 from PIL import Image
 
 MAX_PIXELS = 40_000_000  # where no parameter says otherwise
+ORIENTATION = 0x0112  # EXIF's tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 
@@ -54,9 +64,11 @@ def _header(source: Path | io.BytesIO, name: str) -> Iterator[Image.Image]:
                     f"{name}: more than 8 bits a channel (mode {image.mode}); convert it to 8 bits a channel"
                 )
             yield image
+    except ImageError:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: far too large to decode ({error}); scale it down") from None
-    except (OSError, SyntaxError, EOFError, struct.error) as error:
+    except (OSError, SyntaxError, EOFError, ValueError, struct.error) as error:
         # Pillow's plugins raise all of these on damaged files.
         raise ImageError(f"{name}: not a readable image ({error}); fetch or convert it again") from None
 
@@ -67,11 +79,13 @@ def image_size(root: Path, relative: str, max_pixels: int | None = None) -> tupl
     with _header(locate(root, relative), relative) as image:
         if max_pixels is not None:
             _refuse_larger(image, relative, max_pixels)
-        return image.height, image.width
+        turned = _orientation(image) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def open_image(root: Path, relative: str, max_pixels: int) -> Image.Image:
-    """RGB image, pixels as stored (no EXIF rotation: masks are drawn on the stored pixels).
+    """RGB image, turned as its EXIF data says: so viewers, annotators' tools and OpenCV, with which the peers
+    read theirs, show it.
 
     Raises ImageError on a path that leaves `root`, a file that is missing, damaged or truncated, and on more
     than 8 bits a channel or `max_pixels` pixels, which the header tells before anything is decoded.
@@ -87,7 +101,19 @@ def decode_image(data: bytes, name: str, max_pixels: int) -> Image.Image:
 def _decoded(source: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
     with _header(source, name) as image:
         _refuse_larger(image, name, max_pixels)
-        return image.convert("RGB")
+        turn = TURNS.get(_orientation(image))
+        pixels = image.convert("RGB")
+        return pixels if turn is None else pixels.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation as the header tells it, 1 (as stored) to 8; from 5 on the sides change places."""
+    if "exif" not in image.info:
+        return 1
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except (OSError, SyntaxError, EOFError, ValueError, TypeError, struct.error):
+        return 1  # damaged EXIF data is no damage to the image
 
 
 def _refuse_larger(image: Image.Image, name: str, max_pixels: int) -> None:

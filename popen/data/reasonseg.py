@@ -111,7 +111,7 @@ def _load(annotation: Path) -> Any:
     except OSError as error:  # a link to nowhere, a folder of that name
         raise RecordError(f"cannot be read ({error.strerror}); fetch it again") from None
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = raw.decode("cp1252", "replace")  # some of the public files were written on Windows
     try:

@@ -64,7 +64,7 @@ class TreeError(ValueError):
 def load_json(root: Path, relative: str, kind: type[T]) -> T:
     """Content of a UTF-8 JSON file whose top level is a `kind`. Raises TreeError."""
     try:
-        content = json.loads((root / relative).read_text(encoding="utf-8"))
+        content = json.loads((root / relative).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise TreeError(f"there is no {relative} below {root}; fetch the data set whole") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

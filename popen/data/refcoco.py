@@ -79,8 +79,9 @@ def read(root: Path, name: str, split: str) -> Iterator[Sample | Broken]:
             image = scene.path(key)
             height, width, objects = scene.contents(key)
             target = scene.target(take(ref, "ann_id", int), key)
-            for number, sentence in enumerate(take(ref, "sentences", list)):
-                sent = take(sentence, "sent", str)
+            # all of them first: a record with a broken one is out as a whole
+            sents = [take(sentence, "sent", str) for sentence in take(ref, "sentences", list)]
+            for number, sent in enumerate(sents):
                 yield Sample(
                     uid=f"{name}/{split}/{index}/{number}",
                     benchmark=name,

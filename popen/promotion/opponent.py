@@ -16,6 +16,7 @@ from popen.params import Params
 from popen.parts import in_batches
 from popen.predict import load_ensemble
 from popen.promotion.gate import GateError
+from popen.promotion.registry import RegistryError
 from popen.samples import Sample, read_index
 from popen.stages.artifacts import index, predictions
 from popen.stages.systems import answerer
@@ -63,9 +64,15 @@ def champion_rows(bundle: Path, root: Path, params: Params, asked: Sequence[Samp
 
 
 def download(version: ModelVersion, folder: Path) -> Path:
-    """The bundle of a registered version, fetched into `folder`."""
+    """The bundle of a registered version, fetched into `folder`. Raises RegistryError where it is gone."""
     import mlflow
 
     uri = f"models:/{version.name}/{version.version}"
     fetched = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder))
-    return next(Path(fetched).glob("artifacts/*/settings.json")).parent
+    found = next(Path(fetched).glob("artifacts/*/settings.json"), None)
+    if found is None:
+        raise RegistryError(
+            f"the files of version {version.version} are gone from where MLflow's database has them; where the "
+            "clone or `mlartifacts/` was moved or restored elsewhere, bring it back, or link the old place to it"
+        )
+    return found.parent

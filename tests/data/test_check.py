@@ -151,6 +151,19 @@ def test_broken_records_come_with_file_record_and_rule(tmp_path: Path) -> None:
     assert rules[2].startswith("targets have 4 pixels or more")
 
 
+def test_a_broken_record_does_not_make_a_whole_copy_look_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside = muse_record(
+        file_name="2.png", ann_list=[{"segmentation": [[0, 0, 99, 0, 99, 9]], "category_name": "cup"}]
+    )
+    muse_tree(tmp_path, val=[muse_record(), outside])
+    for images, short in ((2, []), (3, ["2 of 3 images"])):
+        monkeypatch.setitem(published.SIZES, "muse/val", published.Size(images, 6))
+        (found,) = look(tmp_path, "muse/val", own=False)
+        assert (len(found.broken), found.images, found.questions, found.short) == (1, 2, 3, short)
+
+
 def test_whole_files_that_cannot_be_used(tmp_path: Path) -> None:
     write_refcoco(tmp_path, "refcoco", [ref()])
     (tmp_path / "refer_seg/refcoco/refs(unc).p").write_bytes(b"cos\nsystem\n")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from popen import masks
 from popen.data.contract import ContractError, Report, validate
 from popen.data.images import digest
 from popen.data.records import Broken
@@ -23,6 +24,7 @@ from tests.data.trees import (
     grandf_record,
     muse_record,
     muse_tree,
+    shape,
     write_grandf,
     write_image,
     write_reasonseg,
@@ -156,6 +158,19 @@ def test_an_unreadable_record_weighs_as_much_as_a_sound_one_with_its_three_quest
     assert check(tmp_path, contract=STRICT.model_copy(update={"tolerated": 0.1})).accepted
 
 
+@pytest.mark.parametrize(("split", "kept"), [("val", 1), ("train", 0)])
+def test_what_the_ignored_region_covers_may_be_asked_for(tmp_path: Path, split: str, kept: int) -> None:
+    """As of four images of ReasonSeg's published val; there is nothing to learn from it."""
+    write_reasonseg(tmp_path, split, shapes=[shape("target", 2, 3, 4), shape("ignore", 2, 3, 4)])
+    splits = {"test": [f"reasonseg/{split}"]}
+    if kept:
+        (sample,) = check(tmp_path, splits).samples["test"]
+        assert masks.area(sample.targets[0].rle) == 0
+        assert sample.ignore is not None
+    else:
+        assert "targets have 4 pixels or more" in str(refusal(tmp_path, splits))
+
+
 def test_of_reasonseg_a_file_is_a_record(tmp_path: Path) -> None:
     write_reasonseg(tmp_path, "train")  # two texts
     write_reasonseg(tmp_path, "train", stem="y", text=["What holds tea?", ""])
@@ -223,7 +238,10 @@ def test_a_copy_of_an_image_in_two_roles_stops_whatever_is_tolerated(
     error = refusal(tmp_path, splits, STRICT.model_copy(update={"tolerated": 1.0}))
     (failure,) = error.report.failures
     assert named(error.report, "no photograph is in two roles").unexpected == 1
-    assert f"1 images are in both {pair}, among them {MSCOCO}/train2014/v.png" in failure
+    role = pair.split("'")[1]
+    copies = f"{MSCOCO}/train2014/v.png ({MSCOCO}/train2014/1.png of {role}); take other splits"
+    assert f"1 images are in both {pair}, among them {copies}" in failure
+    assert failure.endswith("or take one of two copies out")
     assert failure in str(error)
 
 

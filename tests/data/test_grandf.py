@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from popen import masks
 from popen.data import tree
 from popen.data.grandf import QUESTION, find_spans
 from popen.data.nouns import head_noun
-from popen.data.records import RecordError
+from popen.data.records import Absent, Broken, RecordError
 from popen.samples import Sample
 from tests.data.trees import grandf_record, mask, write_grandf, write_grandf_eval
 
@@ -41,8 +43,66 @@ def test_spans_are_whole_words_and_taken_once() -> None:
     assert find_spans(["a cat", "a cat"], "A cat and a cat.") == [(0, 5), (10, 15)]
     assert find_spans(["cat"], "Concatenate the cat") == [(16, 19)]
     assert find_spans(["man", "man in red"], "A man in red is near a man.") == [(23, 26), (2, 12)]
-    with pytest.raises(RecordError, match="'a dog' is not in the caption"):
-        find_spans(["a dog", "a dog"], "A dog.")
+    assert find_spans(["a dog", "a cat", "a dog"], "A dog.") == [(0, 5), (6, 6), (6, 6)]
+    with pytest.raises(RecordError, match="a label is not a text"):
+        find_spans(["a dog", " "], "A dog.")
+
+
+def test_a_label_without_a_place_in_the_caption_is_asked_for_behind_it(tmp_path: Path) -> None:
+    write_grandf_eval(tmp_path, "Two dogs play.", ["dogs", "dogs"], [ONE, TWO])
+    (sample,) = tree.read(tmp_path, "grandf/val")
+    assert isinstance(sample, Sample)
+    assert sample.answer == "Two dogs {seg} play. {seg}"
+    assert [(t.name, t.rle) for t in sample.targets] == [("dogs", ONE), ("dogs", TWO)]
+
+
+def test_images_of_the_coco_form_may_have_an_id_alone(tmp_path: Path) -> None:
+    """So other public readers take them: the name from the id, the size from the image."""
+    write_grandf_eval(tmp_path, "The dog.", ["the dog"], [ONE])
+    file = tmp_path / "GranDf/annotations/val_test/val_gcg_coco_mask_gt.json"
+    content = json.loads(file.read_text())
+    content["images"] = [{"id": "sa_1"}]
+    for annotation in content["annotations"]:
+        annotation["image_id"] = "sa_1"
+    file.write_text(json.dumps(content))
+    captions = tmp_path / "GranDf/annotations/val_test/val_gcg_coco_caption_gt.json"
+    told = json.loads(captions.read_text())
+    for annotation in told["annotations"]:
+        annotation["image_id"] = "sa_1"
+    captions.write_text(json.dumps(told))
+    (absent,) = tree.read(tmp_path, "grandf/val")
+    assert isinstance(absent, Absent)
+    assert absent.image == "GranDf/GranDf_HA_images/val_test/sa_1.jpg"
+    path = tmp_path / absent.image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 12)).save(path)
+    (sample,) = tree.read(tmp_path, "grandf/val")
+    assert isinstance(sample, Sample)
+    assert (sample.image, sample.height, sample.width) == (absent.image, 12, 16)
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrase", "at", "answer"),
+    [
+        ("A woman and a man", "man", 4, "A woman and a man {seg}"),
+        ("A street with a tree", "tree", 3, "A street with a tree {seg}"),
+        ("A man and a woman", "man", 2, "A man {seg} and a woman"),
+        ("A woman", "man", 4, None),
+    ],
+)
+def test_positions_inside_of_a_word_are_not_meant(
+    tmp_path: Path, caption: str, phrase: str, at: int, answer: str | None
+) -> None:
+    """GLaMM's positions are the first place where the letters stand."""
+    places = {phrase: {"token_positives": [at, at + len(phrase)], "rle_masks": [ONE]}}
+    write_grandf(tmp_path, [grandf_record(caption=caption, groundings=places)])
+    (found,) = tree.read(tmp_path, "grandf/train")
+    if answer is None:
+        assert isinstance(found, Broken)
+        assert "inside of a word alone" in found.rule
+    else:
+        assert isinstance(found, Sample)
+        assert found.answer == answer
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from popen.data.images import ImageError, decode_image, digest, image_size, open_image
 from tests.data.trees import write_image
@@ -80,6 +80,42 @@ def test_files_that_are_no_images(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(ImageError, match=r"a\.png: not a readable image"):
         open_image(tmp_path, "a.png", LIMIT)
+
+
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 mean nothing
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_an_image_is_turned_as_viewers_and_opencv_turn_it(
+    tmp_path: Path, orientation: int, name: str
+) -> None:
+    image, exif = Image.new("RGB", (16, 8)), Image.Exif()
+    image.paste("white", (0, 0, 8, 4))  # the upper left quarter
+    exif[0x0112] = orientation
+    image.save(tmp_path / name, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB")
+    opened = open_image(tmp_path, name, 1000)
+    assert np.array_equal(np.asarray(opened), np.asarray(expected))
+    assert image_size(tmp_path, name) == (opened.height, opened.width)
+    corner = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}
+    below, right = corner.get(orientation, (0, 0))
+    assert opened.size == ((8, 16) if 5 <= orientation <= 8 else (16, 8))
+    middle = (opened.width // 4 + right * opened.width // 2, opened.height // 4 + below * opened.height // 2)
+    assert opened.getpixel(middle)[0] > 200  # type: ignore[index]
+
+
+def test_damaged_exif_data_is_no_damage_to_the_image(tmp_path: Path) -> None:
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.jpg", exif=b"Exif\0\0nothing of the kind")
+    assert open_image(tmp_path, "a.jpg", 1000).size == (16, 8)
+    assert image_size(tmp_path, "a.jpg") == (8, 16)
+
+
+def test_a_png_with_too_much_text_is_named(tmp_path: Path) -> None:
+    """Pillow refuses a compressed text of more than a megabyte with an error of its own kind."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "x" * 2_000_000, zip=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=text)
+    for look in (lambda: image_size(tmp_path, "a.png"), lambda: open_image(tmp_path, "a.png", 1000)):
+        with pytest.raises(ImageError, match=r"^a\.png: not a readable image"):
+            look()
 
 
 def test_files_that_are_missing_or_folders(tmp_path: Path) -> None:

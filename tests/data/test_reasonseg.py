@@ -84,7 +84,9 @@ def test_files_written_on_windows(tmp_path: Path) -> None:
     with pytest.raises(UnicodeDecodeError):
         path.read_text(encoding="utf-8")
     assert only(tree.read(tmp_path, "reasonseg/val")).question == "Which café is open?"
-    path.write_bytes(text.encode("utf-8"))
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_bytes(text.encode(encoding))
+        assert only(tree.read(tmp_path, "reasonseg/val")).question == "Which café is open?"
     assert only(tree.read(tmp_path, "reasonseg/val")).question == "Which café is open?"
 
 

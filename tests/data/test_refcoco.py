@@ -91,6 +91,15 @@ def test_broken_references_are_named(tmp_path: Path, changes: dict[str, Any], ru
     assert len(sound) == 2
 
 
+def test_a_bad_sentence_breaks_its_record_as_a_whole(tmp_path: Path) -> None:
+    """Those before it were once used all the same, and those behind it lost without a word."""
+    sentences = [{"sent": "left cup"}, {"sent": 3}, {"sent": "cup"}]
+    write_refcoco(tmp_path, "refcoco", [ref(sentences=sentences)])
+    (found,) = tree.read(tmp_path, "refcoco/train")
+    assert isinstance(found, tree.Broken)
+    assert (found.record, found.rule) == ("0", "the key 'sent' is a int, not a str")
+
+
 @pytest.mark.parametrize(
     ("name", "rule"), [("a\0.png", "has a null character"), ("\ud83d.png", "has half a character")]
 )

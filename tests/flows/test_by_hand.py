@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,22 @@ def test_outside_of_a_clone_one_line_says_so(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"^error: .*: not inside a clone of the project"):
         by_hand(lambda: None)
+
+
+def test_a_server_that_is_gone_is_one_line(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a reboot `prefect.toml` names it still; Prefect's own error is pages of stack traces."""
+    root = make({"a": stage("touch a.txt", "a.txt")})
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    (root / "prefect.toml").write_text(f'[api]\nurl = "http://127.0.0.1:{port}/api"\n')
+    monkeypatch.setenv("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")  # so that it is taken back
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.chdir(root)
+    with pytest.raises(SystemExit, match=rf"^error: Prefect's server .*:{port}/api, .*`make up` starts it"):
+        by_hand(lambda: None)
+    monkeypatch.setenv("PREFECT_API_URL", SERVER)
+    assert by_hand(lambda: 3) == 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -123,6 +123,21 @@ def test_the_registered_model_answers_its_own_example(
     assert {file.relative_to(fetched) for file in fetched.rglob("*")} == names
 
 
+def test_files_that_were_moved_away_are_missed_in_one_line(empty: MlflowClient, clone: Path) -> None:
+    """MLflow's database has absolute places; of one that is not there MLflow itself fetches nothing."""
+    one = new(empty, clone, "a")
+    files = clone / "mlartifacts"
+    files.rename(clone / "elsewhere")
+    try:
+        with pytest.raises(
+            RegistryError, match=rf"files of version {one.version} are gone from where MLflow's"
+        ):
+            download(one, clone / "nothing")
+    finally:
+        (clone / "elsewhere").rename(files)
+    assert (download(one, clone / "again") / "settings.json").is_file()
+
+
 def test_what_was_not_made_or_recorded_is_not_registered(empty: MlflowClient, clone: Path) -> None:
     with pytest.raises(RegistryError, match="never recorded in MLflow"):
         register(empty, clone, replace(lineage(clone), bundle="0" * 16), "# card")
