@@ -72,7 +72,8 @@ def download(version: ModelVersion, folder: Path) -> Path:
     found = next(Path(fetched).glob("artifacts/*/settings.json"), None)
     if found is None:
         raise RegistryError(
-            f"the files of version {version.version} are gone from where MLflow's database has them; where the "
-            "clone or `mlartifacts/` was moved or restored elsewhere, bring it back, or link the old place to it"
+            f"the files of version {version.version} are gone from where MLflow's database has them; where "
+            "the clone or `mlartifacts/` was moved or restored elsewhere, bring it back, or link the old "
+            "place to it"
         )
     return found.parent

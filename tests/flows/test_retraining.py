@@ -21,6 +21,7 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
+from flows.pipeline import PipelineError
 from flows.retraining import RetrainError, retrain
 from popen import params as parameters
 from popen.ensemble.attention import RefinementAttention
@@ -313,6 +314,13 @@ def test_of_two_at_once_the_second_stops_and_a_killed_one_is_taken_up_again(
         runs = client.request("POST", "/flow_runs/filter", json=newest).json()
     # the newest finished, the second was refused, the first was killed
     assert [run["state_name"] for run in runs[:3]] == ["Completed", "Failed", "Crashed"]
+
+
+def test_a_stage_that_hangs_is_ended(project: Path, prefect: None) -> None:
+    before = len(registry.versions(registry.connect(project)))
+    with pytest.raises(PipelineError, match="failed: validate"):
+        retrain(force=True, stage_timeout=0.2)
+    assert len(registry.versions(registry.connect(project))) == before
 
 
 def test_a_gate_that_nothing_answers_stops_at_once(project: Path, prefect: None) -> None:
