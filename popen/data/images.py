@@ -79,7 +79,7 @@ def image_size(root: Path, relative: str, max_pixels: int | None = None) -> tupl
     with _header(locate(root, relative), relative) as image:
         if max_pixels is not None:
             _refuse_larger(image, relative, max_pixels)
-        turned = _orientation(image) >= 5
+        turned = 5 <= _orientation(image) <= 8
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
@@ -107,7 +107,7 @@ def _decoded(source: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Ima
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation as the header tells it, 1 (as stored) to 8; from 5 on the sides change places."""
+    """EXIF's orientation as the header tells it: 1 is as stored, from 5 to 8 the sides change places."""
     if "exif" not in image.info:
         return 1
     try:
