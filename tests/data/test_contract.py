@@ -102,7 +102,6 @@ def test_a_record_no_reader_can_use_stops_with_file_record_and_rule(tmp_path: Pa
         ({"width": 17, "ann_list": [], "answers": [[], [], []], "text_answers": None}, "width is the image"),
         ({"answers": [[annotation("cup", 1, 1, 1)], [], []]}, "targets have 4 pixels or more (the cup, 1"),
         ({"answers": [[annotation("unicorn", 1, 1, 4)], [], []]}, "categories are among the annotated ones"),
-        ({"answers": [[annotation("", 1, 1, 4)], [], []]}, "the category of an annotation is blank ('')"),
         ({"answers": [[annotation("cup", 1, 1, 4, rephrased_name=" ")], [], []]}, "targets have a name"),
         ({"answers": [[], [], []], "text_answers": ["", None, None]}, "answers are not empty"),
     ],
