@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ASKED = "POPEN_DEVICES"
+SHARD = "POPEN_SHARD"
 _STAGES = "popen.stages."
 
 
@@ -35,6 +36,12 @@ def count() -> int:
 def rank() -> int:
     """Which of them this one is, from 0."""
     return int(os.environ.get("RANK", "0"))
+
+
+def sharded() -> bool:
+    """Whether training spreads its model over the processes (`popen.sharding`); one has nobody to share it
+    with."""
+    return os.environ.get(SHARD, "0") == "1" and count() > 1
 
 
 def is_main() -> bool:

@@ -6,7 +6,6 @@ that any number of processes can go on from them, sharded or not.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from popen import devices
-
-ASKED = "POPEN_SHARD"
-
-
-def wanted() -> bool:
-    """Whether training shards its model; one process has nobody to share it with."""
-    return os.environ.get(ASKED, "0") == "1" and devices.count() > 1
 
 
 def shard(model: nn.Module) -> None:

@@ -81,7 +81,7 @@ class _Objective(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Any]]:
         value, parts = self.loss(self.model, batch)
-        return (value + sharding.reached(self.model) if sharding.wanted() else value), parts
+        return (value + sharding.reached(self.model) if devices.sharded() else value), parts
 
 
 class Items(Dataset[Any]):
@@ -143,7 +143,7 @@ def train(
     halves = params.bf16 and devices.halves()
     if halves:
         model.forward = _in_halves(model.forward)
-    if sharding.wanted():
+    if devices.sharded():
         sharding.shard(model)  # layer by layer onto the device: all of it might not fit there
     trainable = [p for p in model.parameters() if p.requires_grad]
     chosen = optimizers(model, params, slow)
@@ -156,7 +156,7 @@ def train(
             deal(optimizer)
     _keep_plain(accelerator, model, chosen)
     objective = _Objective(model, loss)
-    prepared = accelerator.prepare_model(objective, evaluation_mode=sharding.wanted())  # that is, without DDP
+    prepared = accelerator.prepare_model(objective, evaluation_mode=devices.sharded())  # that is, without DDP
     chosen = [accelerator.prepare(one) for one in chosen]
     found: tuple[int, Path] | None = checkpoints.latest()
     done = 0
@@ -191,7 +191,7 @@ def train(
                 with _plain_attention() if halves else nullcontext():  # checkpointing runs forward again
                     accelerator.backward(value)
                 if accelerator.sync_gradients:
-                    if sharding.wanted():
+                    if devices.sharded():
                         sharding.reduce_scalars(model)
                     parts["grad_norm"] = sharding.plain(accelerator.clip_grad_norm_(trainable, params.clip))
                     _stop_unless_finite(parts["grad_norm"], "gradient's norm", parts, step)
@@ -221,7 +221,7 @@ def train(
                 prepared.train()
             if step % params.checkpoint_every == 0 and step < params.steps:
                 _save(checkpoints, step, lambda folder: accelerator.save_state(str(folder)))
-    if sharding.wanted():
+    if devices.sharded():
         sharding.gather(model)
     model.eval()
 
@@ -246,10 +246,10 @@ def _keep_plain(accelerator: Any, model: nn.Module, chosen: Sequence[torch.optim
     """Checkpoints hold the plain model and moments: any number of processes can go on from them."""
 
     def save(_: list[nn.Module], states: list[dict[str, Tensor]], __: str) -> None:
-        states[0] = sharding.weights(model) if sharding.wanted() else model.state_dict()
+        states[0] = sharding.weights(model) if devices.sharded() else model.state_dict()
 
     def load(models: list[nn.Module], folder: str) -> None:
-        if sharding.wanted():
+        if devices.sharded():
             sharding.load_weights(model, Path(folder, "model.safetensors"))
             models.clear()
         else:
@@ -257,7 +257,7 @@ def _keep_plain(accelerator: Any, model: nn.Module, chosen: Sequence[torch.optim
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
-    for optimizer in chosen if sharding.wanted() else ():
+    for optimizer in chosen if devices.sharded() else ():
         sharding.plain_moments(optimizer)
 
 
@@ -289,9 +289,9 @@ def _stop_unless_shareable(model: nn.Module, params: TrainParams) -> None:
             f"{params.images} images a step cannot be shared by {count} devices; make `images` a "
             "multiple of their number"
         )
-    if params.muon and sharding.wanted():
+    if params.muon and devices.sharded():
         raise devices.DevicesError(
-            f"Muon needs whole matrices, and {sharding.ASKED}=1 spreads them over the devices; set "
+            f"Muon needs whole matrices, and {devices.SHARD}=1 spreads them over the devices; set "
             "`muon` to 0 or leave them whole"
         )
     for module in model.modules():

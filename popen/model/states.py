@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from popen import sharding
+from popen import devices
 from popen.model.batches import Batch
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def last_states(causal: Any, batch: Batch, before: Tensor, behind: Tensor, whole
     order = lengths.argsort()
     done: list[Tensor] = []
     # processes that share a sharded model must run its layers equally often, whatever their rows
-    for part in order.chunk(1 if order.is_cuda or sharding.wanted() else PARTS):
+    for part in order.chunk(1 if order.is_cuda or devices.sharded() else PARTS):
         start = behind.shape[1] - int(lengths[part].max())
         rest = causal.base_model(
             inputs_embeds=behind[part, start:],
