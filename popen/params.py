@@ -288,15 +288,6 @@ class Params(Group):
         return self
 
     @model_validator(mode="after")
-    def _what_is_fitted_has_a_role(self) -> Self:
-        aligned = not {*self.systems} <= {"sft", "control"}
-        for name in ("train", "val", *["preference"] * aligned):
-            if name not in self.data.splits:
-                known = ", ".join(self.data.splits)
-                raise ValueError(f"data.splits: the role {name!r} is missing; there are {known}")
-        return self
-
-    @model_validator(mode="after")
     def _benchmarks_are_roles(self) -> Self:
         for name in self.benchmarks:
             if name not in self.data.splits:

@@ -133,23 +133,6 @@ def test_a_role_that_is_null_is_left_out(tmp_path: Path) -> None:
     assert left == {"refcoco"}
 
 
-@pytest.mark.parametrize("role", ["train", "preference", "val"])
-def test_what_is_fitted_has_a_role(tmp_path: Path, role: str) -> None:
-    """Found out before a night of training, not behind it."""
-    raw = yaml.safe_load(PARAMS.read_text())
-    raw["data"]["splits"][f"{role}s"] = raw["data"]["splits"].pop(role)
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
-    with pytest.raises(ParamsError, match=rf"\n  data\.splits: the role '{role}' is missing; .*{role}s"):
-        load(tmp_path / "params.yaml")
-    raw["systems"] = ["sft", "control"]
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
-    if role == "preference":
-        assert load(tmp_path / "params.yaml").systems == ["sft", "control"]
-    else:
-        with pytest.raises(ParamsError):
-            load(tmp_path / "params.yaml")
-
-
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ParamsError, match=r"params\.yaml: no such file; name another one, or run inside a clone"

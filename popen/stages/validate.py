@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from popen.data.contract import ContractError, Report, validate
+from popen.data.contract import FITTED, ContractError, Report, validate
 from popen.data.contract_page import render
 from popen.samples import write_index
 from popen.stages.artifacts import CONTRACT, index
@@ -30,6 +30,9 @@ def main() -> None:
             raise
         write_report(CONTRACT, report)
         run.log_artifact(CONTRACT)
+        lacking = [role for role in FITTED if role not in data.splits]
+        if lacking:  # said before a night of training, not behind it
+            run.say(f"data.splits has no role {' and no '.join(lacking)}: a stage that needs it will stop")
         for role, samples in report.samples.items():
             write_index(index(role), samples)
         run.log_metrics(

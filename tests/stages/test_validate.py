@@ -60,9 +60,12 @@ def test_a_broken_record_stops_the_stage_but_leaves_the_report(
     assert not (clone / "artifacts/index").exists()
 
 
-def test_a_tolerated_record_is_quarantined_and_the_rest_indexed(clone: Path) -> None:
+def test_a_tolerated_record_is_quarantined_and_the_rest_indexed(
+    clone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tolerate(clone, 0.5)  # 1 of the 2 records of `val`
     validate.main()
+    assert "data.splits has no role preference: a stage that needs it will stop" in capsys.readouterr().out
     assert len(list(read_index(clone / "artifacts/index/train.jsonl"))) == 3
     kept = list(read_index(clone / "artifacts/index/val.jsonl"))
     assert [sample.uid for sample in kept] == [f"muse/val/{i}" for i in ("0/0", "0/1", "0/2", "1/1", "1/2")]
