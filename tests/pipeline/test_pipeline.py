@@ -73,7 +73,8 @@ def miniature() -> dict[str, Any]:
     params["sft"]["train"] |= small | {"steps": 160, "lr": 0.01}
     params["sft"] |= {"questions": 4, "masks": 4}
     params["sft"]["vision"] = 1.0  # its tower has hardly been trained before
-    params["align"]["train"] |= small | {"steps": 4, "lr": 0.001}
+    # two stages of 64 pairs each: both see all 33
+    params["align"]["train"] |= small | {"steps": 16, "lr": 0.001}
     params["text_preferences"]["samples"] = 1
     params["mask_preferences"] |= {"perturbed": 8, "sigma": 1.0, "margin": 0.0, "area_ratio": 1000.0}
     params["calibrate"] |= {"thresholds": [-1.0, 0.0], "questions": 6}
@@ -221,7 +222,7 @@ def test_mlflow_has_one_parent_with_a_child_a_stage(clone: Path) -> None:
     data = yaml.safe_load((clone / "data.dvc").read_text())["outs"][0]["md5"]
     for run in children:
         assert run.data.tags["mlflow.source.git.commit"] == commit
-        assert run.data.params["align.train.steps"] == "4"
+        assert run.data.params["align.train.steps"] == "16"
         assert run.inputs is not None
         assert run.inputs.dataset_inputs[0].dataset.digest == run.data.tags["data"] == data
     assert by_stage["calibrate"].outputs is not None
