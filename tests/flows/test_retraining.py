@@ -318,7 +318,7 @@ def test_of_two_at_once_the_second_stops_and_a_killed_one_is_taken_up_again(
 
 def test_a_stage_that_hangs_is_ended(project: Path, prefect: None) -> None:
     before = len(registry.versions(registry.connect(project)))
-    with pytest.raises(PipelineError, match=r"failed: data\.dvc"):  # the first of all
+    with pytest.raises(PipelineError, match=r"^failed: "):
         retrain(force=True, stage_timeout=0.2)
     assert len(registry.versions(registry.connect(project))) == before
 
