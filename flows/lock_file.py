@@ -27,7 +27,8 @@ def settle(root: Path) -> None:
     held = root / ".dvc/tmp/lock"  # DVC's own: a `Repo`, which has it too, cannot be opened on a full disk
     held.parent.mkdir(exist_ok=True)
     with make_lock(str(held), wait=True):
-        _mend_readers(root / ".dvc/tmp/rwlock")
+        with make_lock(str(held.with_name("rwlock.lock")), wait=True):  # under which DVC writes that list
+            _mend_readers(held.with_name("rwlock"))
         if not lock.exists():
             return
         if _whole(lock):
@@ -44,8 +45,7 @@ def settle(root: Path) -> None:
 
 
 def _mend_readers(path: Path) -> None:
-    """Remove DVC's list of readers and writers where it is cut off: DVC would refuse it for ever, and whoever
-    holds DVC's lock sees nobody at work on it."""
+    """Remove DVC's list of readers and writers where it is cut off: DVC would refuse it for ever."""
     try:
         json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from dvc.lock import make_lock
 
 from flows.lock_file import LockError, settle
 from popen.errors import explain
@@ -30,6 +33,21 @@ def test_a_list_of_readers_that_was_cut_off_is_removed(root: Path, left: str) ->
     readers.write_text(left)
     settle(root)
     assert not readers.exists()
+
+
+def test_a_list_that_is_being_written_is_waited_for(root: Path) -> None:
+    """DVC empties the file before it writes, while another stage of the flow may settle."""
+    readers, whole = root / ".dvc/tmp/rwlock", json.dumps({"read": {}, "write": {}})
+    with make_lock(str(root / ".dvc/tmp/rwlock.lock"), wait=True):
+        readers.write_text("")
+        settling = get_context("fork").Process(target=settle, args=(root,))
+        settling.start()
+        time.sleep(1.0)
+        assert settling.is_alive()
+        assert readers.exists()
+        readers.write_text(whole)
+    settling.join(60)
+    assert (settling.exitcode, readers.read_text()) == (0, whole)
 
 
 def test_a_whole_list_of_readers_stays(root: Path) -> None:
