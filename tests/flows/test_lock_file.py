@@ -40,9 +40,9 @@ def test_a_list_that_is_being_written_is_waited_for(root: Path) -> None:
     readers, whole = root / ".dvc/tmp/rwlock", json.dumps({"read": {}, "write": {}})
     with make_lock(str(root / ".dvc/tmp/rwlock.lock"), wait=True):
         readers.write_text("")
-        settling = get_context("fork").Process(target=settle, args=(root,))
+        settling = get_context("spawn").Process(target=settle, args=(root,))
         settling.start()
-        time.sleep(1.0)
+        time.sleep(6.0)  # it has to import DVC first
         assert settling.is_alive()
         assert readers.exists()
         readers.write_text(whole)
