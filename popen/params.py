@@ -221,6 +221,7 @@ class AlignParams(Group):
     text: float  # weight of L_t; 0 leaves it out
     beta_t: float = Field(gt=0)  # DPO's beta of L_t
     gamma: float = Field(gt=0)  # weight of the changed tokens
+    fewer: bool  # L_t learns from pairs whose corrected answer names fewer things, too
     mask: float  # weight of L_s
     mask_form: Literal["embedding", "mask"]  # what L_s compares: embeddings' distances, or masks' pixels
     beta_s: float = Field(gt=0)  # DPO's beta of L_s, on a scale of its own in each form

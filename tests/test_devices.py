@@ -151,7 +151,15 @@ def test_two_processes_align_as_one(
     order = [wrong[0], wrong[-1], right[0], right[-1]]
     make = collate(taught, data[0], 2000, ranked)
     params = AlignParams(
-        train=PARAMS, text=1.0, beta_t=1.0, gamma=2.0, mask=1.0, mask_form=form, beta_s=0.1, anchor=1.0
+        train=PARAMS,
+        text=1.0,
+        beta_t=1.0,
+        gamma=2.0,
+        fewer=True,
+        mask=1.0,
+        mask_form=form,
+        beta_s=0.1,
+        anchor=1.0,
     )
     of = align_loss(params, WEIGHTS)
     model = copy.deepcopy(taught)

@@ -29,6 +29,7 @@ class PreferenceBatch:
     changed: Tensor  # (2Q, T) bool
     reference: Tensor  # (2Q, T) log p under the reference, 0 outside the answers
     differs: Tensor  # (Q,) bool: the two answers of a question differ
+    fewer: Tensor  # (Q,) bool: the corrected one names fewer things
     pairs: MaskPairs  # P mask pairs
     target_of_pair: Tensor  # (P,) index into the batch's N targets
 
@@ -84,9 +85,14 @@ def collate(
         places = [
             first[row] + masks.targets[n] for row, pair in enumerate(pairs) for n in by_uid.get(pair.uid, ())
         ]
-        differs = torch.tensor([pair.differs for pair in pairs])
         return PreferenceBatch(
-            batch, changed, reference, differs, masks.pick(numbers), torch.tensor(places, dtype=torch.long)
+            batch,
+            changed,
+            reference,
+            torch.tensor([pair.differs for pair in pairs]),
+            torch.tensor([pair.fewer for pair in pairs]),
+            masks.pick(numbers),
+            torch.tensor(places, dtype=torch.long),
         )
 
     return make
@@ -100,14 +106,19 @@ def winners(batch: PreferenceBatch) -> Batch:
 def preference_loss(
     output: Output, batch: PreferenceBatch, params: AlignParams
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """L_t + L_s, weighted, and TRL-style metrics."""
+    """L_t + L_s, weighted, and TRL-style metrics.
+
+    Unless `params.fewer`, L_t leaves out the pairs whose corrected answer names fewer things (ours): pushing
+    their sampled answer down pushes mentions down, the right ones with the wrong.
+    """
     half = len(batch.differs)
+    compared = batch.differs if params.fewer else batch.differs & ~batch.fewer
     answered = batch.batch.labels != IGNORED
     logps = token_logps(output.logits, batch.batch)
     policy = weighted_logp(logps, batch.changed, answered, params.gamma)
     reference = weighted_logp(batch.reference, batch.changed, answered, params.gamma)
-    chosen, rejected = (values[batch.differs] for values in policy.split(half))
-    chosen_ref, rejected_ref = (values[batch.differs] for values in reference.split(half))
+    chosen, rejected = (values[compared] for values in policy.split(half))
+    chosen_ref, rejected_ref = (values[compared] for values in reference.split(half))
     loss_t, metrics = text_loss(chosen, rejected, chosen_ref, rejected_ref, params.beta_t)
     at, pairs = batch.target_of_pair, batch.pairs
     if params.mask_form == "embedding":

@@ -39,6 +39,11 @@ class TextPair:
         return self.chosen != self.rejected
 
     @property
+    def fewer(self) -> bool:
+        """Whether the corrected answer names fewer things than the sampled one."""
+        return self.chosen.count(SEG) < self.rejected.count(SEG)
+
+    @property
     def known(self) -> bool:
         """Whether the masks of `chosen` are known, and may supervise."""
         return self.chosen.count(SEG) == len(self.targets)

@@ -18,7 +18,14 @@ from popen.model.batches import Row
 from popen.model.losses import sft_loss, token_logps
 from popen.model.segmenter import Segmenter
 from popen.params import AlignParams, SftWeights, TrainParams
-from popen.preference.alignment import align_loss, collate, collate_chosen, preference_loss, winners
+from popen.preference.alignment import (
+    PreferenceBatch,
+    align_loss,
+    collate,
+    collate_chosen,
+    preference_loss,
+    winners,
+)
 from popen.preference.records import MaskPairs, TextPair
 from popen.preference.sampling import mask_pairs, text_pairs
 from popen.preference.text import changed_spans
@@ -41,7 +48,15 @@ TRAIN = TrainParams(
     eval_every=1,
 )
 PARAMS = AlignParams(
-    train=TRAIN, text=1.0, beta_t=0.5, gamma=3.0, mask=1.0, mask_form="embedding", beta_s=0.2, anchor=1.0
+    train=TRAIN,
+    text=1.0,
+    beta_t=0.5,
+    gamma=3.0,
+    fewer=True,
+    mask=1.0,
+    mask_form="embedding",
+    beta_s=0.2,
+    anchor=1.0,
 )
 REJECTED = ("It is the fork {seg}.", "It is the cup {seg} and the fork {seg}.")
 
@@ -279,6 +294,33 @@ def test_right_answers_teach_no_words_and_questions_without_pairs_no_masks(
     assert not any(name.startswith("rewards") for name in parts)
     loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_pairs_that_only_take_away_are_left_to_the_anchor(
+    taught: Segmenter, data: Data, texts: list[TextPair], masks: MaskPairs
+) -> None:
+    """The first question's answer gains a thing, the second's loses one."""
+    model = copy.deepcopy(taught)
+    with torch.no_grad():  # no longer the reference
+        for weights in model.tower.parameters():
+            weights.mul_(1.05)
+    both, gains, loses = (collate(model, data[0], 2000, masks)(few) for few in (texts, texts[:1], texts[1:2]))
+    assert both.differs.tolist() == [True, True, False]
+    assert both.fewer.tolist() == [False, True, False]
+
+    def text_alone(made: PreferenceBatch, fewer: bool) -> tuple[float, dict]:
+        params = PARAMS.model_copy(update={"mask": 0.0, "fewer": fewer})
+        with torch.no_grad():
+            loss, parts = preference_loss(model(made.batch), made, params)
+        return float(loss), parts
+
+    gained, lost = text_alone(gains, True)[0], text_alone(loses, True)[0]
+    assert abs(gained - lost) > 1e-3
+    assert text_alone(both, True)[0] == pytest.approx((gained + lost) / 2, rel=1e-4)
+    assert text_alone(both, False)[0] == pytest.approx(gained, rel=1e-4)
+    nothing, parts = text_alone(loses, False)
+    assert nothing == 0.0
+    assert "rewards_t/margins" not in parts
 
 
 def test_an_answer_without_targets_is_a_row_like_any_other(
