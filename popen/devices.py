@@ -118,6 +118,14 @@ def autocast(wanted: bool) -> AbstractContextManager[object]:
     return torch.autocast(device().type, torch.bfloat16) if wanted and halves() else nullcontext()
 
 
+def as_read(states: Tensor) -> Tensor:
+    """What a norm gives, in autocast's type: each of its readers would cast it anew."""
+    import torch
+
+    kind = states.device.type
+    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
+
+
 def grouped() -> bool:
     """Whether this process trains together with others."""
     import torch.distributed as dist

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from popen import devices
 from popen.errors import ModelError, flat
 from popen.model.published import load_published, read_config, text_config
 from popen.params import LanguageParams
@@ -94,8 +95,8 @@ def build_language(
         )
         language: Any = LlamaForCausalLM(config)
         for layer in language.model.layers:
-            layer.input_layernorm.register_forward_hook(_as_read)
-            layer.post_attention_layernorm.register_forward_hook(_as_read)
+            layer.input_layernorm.register_forward_hook(_in_its_readers_type)
+            layer.post_attention_layernorm.register_forward_hook(_in_its_readers_type)
     else:
         if pretrained:
             language, projector = load_published(params.name, dtype)
@@ -112,10 +113,9 @@ def build_language(
     return language, projector
 
 
-def _as_read(_: Any, __: Any, states: Tensor) -> Tensor:
-    """What a norm gives, in autocast's type: each of the linear layers behind it would cast it anew."""
-    kind = states.device.type
-    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
+def _in_its_readers_type(_: Any, __: Any, states: Tensor) -> Tensor:
+    """What a norm gives; each of the linear layers behind it would cast it anew."""
+    return devices.as_read(states)
 
 
 def _make_room(language: Any, size: int, new: Sequence[int], name: str) -> None:

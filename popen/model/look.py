@@ -133,7 +133,8 @@ def look_loss(looked: Tensor, named: Tensor, image_of_row: Tensor, dense: Tensor
     """
     rows, places = (named >= 0).nonzero(as_tuple=True)
     shown = dense[image_of_row[rows]] == 1 + named[rows, places][:, None, None]
-    return _means(_aims(looked[rows, places], shown), _aims(looked[named == NOTHING], None))
+    cells = _cells(shown.float(), looked)
+    return _means(_aims(looked[rows, places], cells), _aims(looked[named == NOTHING], None))
 
 
 def aim_loss(looked: Tensor, aimed: Tensor, masks: Tensor) -> Tensor:
@@ -143,17 +144,21 @@ def aim_loss(looked: Tensor, aimed: Tensor, masks: Tensor) -> Tensor:
     behind the last one, or IGNORED; masks (N, H, W) of the targets. Sum of the means over both.
     """
     rows, places = (aimed >= 0).nonzero(as_tuple=True)
-    shown = masks[aimed[rows, places]]
-    return _means(_aims(looked[rows, places], shown), _aims(looked[aimed == NOTHING], None))
+    cells = _cells(masks, looked)[aimed[rows, places]]  # many words come to one target
+    return _means(_aims(looked[rows, places], cells), _aims(looked[aimed == NOTHING], None))
 
 
-def _aims(looked: Tensor, shown: Tensor | None) -> Tensor:
-    """Cross-entropy of looks (n, P + 1) against the cells' shares of what is shown (n, H, W), and against the
+def _cells(shown: Tensor, looked: Tensor) -> Tensor:
+    """What is shown (n, H, W) -> its share of each of the cells that looks (..., P + 1) know (n, P)."""
+    return F.adaptive_avg_pool2d(shown, round((looked.shape[-1] - 1) ** 0.5)).flatten(1)
+
+
+def _aims(looked: Tensor, cells: Tensor | None) -> Tensor:
+    """Cross-entropy of looks (n, P + 1) against the cells' shares of what is shown (n, P), and against the
     sink where nothing is."""
     logps = looked.float().log_softmax(-1)
-    if shown is None:
+    if cells is None:
         return -logps[:, -1]
-    cells = F.adaptive_avg_pool2d(shown.float(), round((looked.shape[-1] - 1) ** 0.5)).flatten(1)
     total = cells.sum(1, keepdim=True)
     true = torch.cat([cells / total.clamp(min=1e-6), (total == 0).float()], dim=1)
     return -(true * logps).sum(1)

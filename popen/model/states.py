@@ -18,7 +18,7 @@ from popen.model.batches import Batch
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-PARTS = 3  # of a batch's rows, sorted by length; a GPU loses more by launching than by padding
+PARTS = 2  # of a batch's rows, sorted by length; more lose more by launching than by padding, on a GPU two do
 
 Seen = Sequence[tuple[Tensor, Tensor]]  # each layer's keys and values of images' prefixes (B, heads, n, d)
 
