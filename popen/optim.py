@@ -101,7 +101,8 @@ def deal(muon: torch.optim.Muon) -> None:
     of Muon, and hands them to the others. The state that is saved is whole."""
     matrices = [w for group in muon.param_groups for w in group["params"]]
     largest_first = sorted(range(len(matrices)), key=lambda number: -matrices[number].numel())
-    owner = {id(matrices[n]): place % dist.get_world_size() for place, n in enumerate(largest_first)}
+    processes = dist.get_world_size()
+    owner = {id(matrices[n]): place % processes for place, n in enumerate(largest_first)}
 
     def leave_to_others(*_: Any) -> None:
         for weight in matrices:
@@ -109,9 +110,16 @@ def deal(muon: torch.optim.Muon) -> None:
                 weight.grad = None  # Muon passes by what has no gradient
 
     def hand_out(tensors: dict[int, Tensor]) -> None:
-        waiting = [dist.broadcast(tensors[id(w)], owner[id(w)], async_op=True) for w in matrices]
+        # what a process owns travels as one: 73 messages take nine times as long
+        owners = range(min(processes, len(matrices)))
+        owned = [[tensors[id(w)] for w in matrices if owner[id(w)] == rank] for rank in owners]
+        packed = [torch.cat([one.flatten() for one in own]) for own in owned]
+        waiting = [dist.broadcast(flat, rank, async_op=True) for rank, flat in enumerate(packed)]
         for one in filter(None, waiting):
             one.wait()
+        for own, flat in zip(owned, packed, strict=True):
+            for tensor, part in zip(own, flat.split([one.numel() for one in own]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def whole(*_: Any) -> None:
         hand_out({id(w): muon.state[w].setdefault("momentum_buffer", torch.zeros_like(w)) for w in matrices})
