@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from popen.model.decoder import Neck, PixelDecoder
+from popen.model.decoder import Neck, PixelDecoder, TwoWay
 from popen.params import DecoderParams
 
 WIDTH, SIZE = 8, 16
@@ -76,3 +77,30 @@ def test_untrained_masks_are_mostly_background() -> None:
     neck, decoder = parts(detail=0)
     masks = decoder(normal(4, 2, WIDTH), neck(levels(1)), torch.rand(1, 3, SIZE, SIZE), torch.zeros(4).long())
     assert float((masks > 0).float().mean()) < 0.1
+
+
+def test_attention_is_torchs_with_a_key_value_and_query_of_every_pixel() -> None:
+    torch.manual_seed(0)
+    block = TwoWay(WIDTH, heads=2)
+    tokens, pixels = normal(3, 2, WIDTH, seed=3), normal(3, 16, WIDTH, seed=4)
+
+    def attend(q: Tensor, kv: Tensor) -> Tensor:
+        q, key, value = (x.unflatten(2, (2, -1)).transpose(1, 2) for x in (q, *kv.chunk(2, dim=-1)))
+        return F.scaled_dot_product_attention(q, key, value).transpose(1, 2).flatten(2)
+
+    normed = block.norm_pixels(pixels)
+    said = tokens + block.out(attend(block.q(block.norm_tokens(tokens)), block.kv(normed)))
+    said = said + block.mlp(block.norm_mlp(said))
+    back = pixels + block.out_back(attend(block.q_back(normed), block.kv_back(block.norm_back(said))))
+    torch.testing.assert_close(block(tokens, pixels), (said, back))
+
+
+def test_an_upsampled_pixel_lies_where_its_pixel_was() -> None:
+    scale = parts()[1].scales[0]
+    scale.blocks = nn.ModuleList()  # what attends would carry it to all pixels
+    pixels = normal(1, 16, WIDTH, seed=5)
+    moved = pixels.clone()
+    moved[0, 4 * 1 + 2] += 1.0  # row 1, column 2 of a grid of 4
+    before, after = (scale(normal(1, WIDTH), here, 4)[0][0] for here in (pixels, moved))
+    places = (before != after).nonzero().tolist()
+    assert places == [[2, 4], [2, 5], [3, 4], [3, 5]]
