@@ -89,7 +89,7 @@ class Scale(nn.Module):
         width = params.width
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.blocks = nn.ModuleList(TwoWay(width, params.heads) for _ in range(params.layers))
-        self.up = nn.Linear(width, 4 * (width // 2))  # of a pixel the four that it becomes
+        self.up = nn.ConvTranspose2d(width, width // 2, 2, stride=2)
         self.hyper = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, width // 2))
 
     def forward(self, embedding: Tensor, pixels: Tensor, grid: int) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,10 @@ class Scale(nn.Module):
         for block in self.blocks:
             tokens, pixels = block(tokens, pixels)
         refined = tokens.flatten(1)
-        up = F.gelu(self.up(pixels)).unflatten(2, (4, width // 2)).flatten(1, 2)
+        # a convolution that steps by its own size is a linear map of each pixel; so the layout can stay
+        weight = self.up.weight.permute(2, 3, 1, 0).flatten(0, 2)
+        assert self.up.bias is not None
+        up = F.gelu(F.linear(pixels, weight, self.up.bias.repeat(4))).view(n, -1, width // 2)
         logits = up @ self.hyper(refined).unsqueeze(-1) / (width // 2) ** 0.5
         return F.pixel_shuffle(logits.view(n, grid, grid, 4).permute(0, 3, 1, 2), 2)[:, 0], refined
 
@@ -137,10 +140,10 @@ class PixelDecoder(nn.Module):
         refined = embeddings[:, 0]
         for index, scale in enumerate(self.scales):
             grid = features[index].shape[-2:]
-            pixels = as_read(features[index].flatten(2).transpose(1, 2)).index_select(0, image_of)
+            pixels = features[index].flatten(2).transpose(1, 2).index_select(0, image_of)
             if masks:
                 guide = F.interpolate(masks[-1], size=grid, mode="bilinear")
-                pixels = pixels * (1 + guide.flatten(1).sigmoid().unsqueeze(-1)).to(pixels.dtype)
+                pixels = pixels * (1 + guide.flatten(1).sigmoid().unsqueeze(-1))
             mask, refined = scale(embeddings[:, index], pixels, grid[0])
             masks.append(mask[:, None])
         finest = masks[-1].shape[-2:]

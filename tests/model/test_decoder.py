@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from popen.model.decoder import Neck, PixelDecoder, TwoWay
+from popen.model.decoder import Neck, PixelDecoder, Scale, TwoWay
 from popen.params import DecoderParams
 
 WIDTH, SIZE = 8, 16
@@ -95,12 +95,12 @@ def test_attention_is_torchs_with_a_key_value_and_query_of_every_pixel() -> None
     torch.testing.assert_close(block(tokens, pixels), (said, back))
 
 
-def test_an_upsampled_pixel_lies_where_its_pixel_was() -> None:
+def test_a_mask_is_the_convolutions_at_twice_the_grid() -> None:
     scale = parts()[1].scales[0]
-    scale.blocks = nn.ModuleList()  # what attends would carry it to all pixels
-    pixels = normal(1, 16, WIDTH, seed=5)
-    moved = pixels.clone()
-    moved[0, 4 * 1 + 2] += 1.0  # row 1, column 2 of a grid of 4
-    before, after = (scale(normal(1, WIDTH), here, 4)[0][0] for here in (pixels, moved))
-    places = (before != after).nonzero().tolist()
-    assert places == [[2, 4], [2, 5], [3, 4], [3, 5]]
+    assert isinstance(scale, Scale)
+    scale.blocks = nn.ModuleList()
+    pixels, embedding = normal(2, 16, WIDTH, seed=5), normal(2, WIDTH, seed=6)
+    mask, refined = scale(embedding, pixels, 4)
+    up = F.gelu(scale.up(pixels.transpose(1, 2).unflatten(2, (4, 4))))
+    expected = torch.einsum("nchw,nc->nhw", up, scale.hyper(refined)) / (WIDTH // 2) ** 0.5
+    torch.testing.assert_close(mask, expected)
