@@ -50,6 +50,7 @@ def test_the_compositions_of_full_scale_fit(tmp_path: Path) -> None:
     assert small.model_dump(exclude={"model", "sft"}) == large.model_dump(exclude={"model", "sft"})
     kept = load(ROOT / "params.yaml")
     assert small.align.beta_t == kept.align.beta_t  # what no choice names is as in params.yaml
+    assert (small.align.fewer, kept.align.fewer) == (True, False)
 
 
 @pytest.mark.parametrize("name", ["muse", "refcoco", "refcoco+", "refcocog"])
