@@ -123,7 +123,9 @@ def as_read(states: Tensor) -> Tensor:
     import torch
 
     kind = states.device.type
-    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # `meta` knows no autocast
+        return states
+    return states.to(torch.get_autocast_dtype(kind))
 
 
 def grouped() -> bool:

@@ -58,7 +58,7 @@ def project(folder: Path, data: tuple[Path, list[Sample]]) -> Path:
     params["sft"]["train"] |= small | {"steps": 200, "lr": 0.01}
     params["align"]["train"] |= small | {"steps": 3, "lr": 0.001}
     params["text_preferences"] |= {"samples": 1, "temperature": 0.5}
-    params["mask_preferences"] |= {"sigma": 1.0, "margin": 0.0, "area_ratio": 1000.0}
+    params["mask_preferences"] |= {"perturbed": 16, "sigma": 1.0, "margin": 0.0, "area_ratio": 1000.0}
     params["calibrate"] |= {"thresholds": [-1.0, 0.0], "questions": 4}
     params["ensemble"] |= {"members": 2, "steps": 2}
     params["evaluate"] |= {"batch": 2, "max_new_tokens": 32, "bootstrap": 20}
