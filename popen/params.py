@@ -158,6 +158,7 @@ class SftWeights(Group):
     inventory: float  # what the answer will name, read off the prompt's last state, auxiliary
     centres: float = 0.0  # where things have their centres, for the model's tally, auxiliary
     aim: float = 0.0  # where the answer looks before it names a target, for the model's tally, auxiliary
+    match: float = 0.0  # which cells a question's words fit, for the model's tally, auxiliary
     look: float = 0.0  # where a question's words look, for the model's tally, auxiliary
 
     @property

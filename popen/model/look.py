@@ -69,7 +69,9 @@ class Match(nn.Module):
 
     "The red knife" is the cell that both words fit. For the answer to find it, a language model must have
     carried "red" to where the answer begins, and must know there how red looks; it learns neither before the
-    other (docs/experiments.md). What meets the words itself says what they have in common.
+    other (docs/experiments.md). What meets the words itself says what they have in common. It is taught where
+    the question's targets are: left to what follows from it, it comes to know colours in one training and not
+    in another.
     """
 
     def __init__(self, width: int) -> None:
@@ -79,8 +81,9 @@ class Match(nn.Module):
 
     def forward(
         self, words: Tensor, states: Tensor, question: Tensor, image: Tensor, image_of_row: Tensor
-    ) -> Tensor:
-        """What cells are told (R, P, D): the sum of the words' values, each as far as it fits.
+    ) -> tuple[Tensor, Tensor]:
+        """What cells are told (R, P, D): the sum of the words' values, each as far as it fits; and how well
+        they fit the question as a whole: logits (R, P), the sum of the words'.
 
         Args:
             words: their embeddings (R, T, D).
@@ -91,8 +94,10 @@ class Match(nn.Module):
         """
         cells = self.key(self.norm_image(image)).index_select(0, image_of_row)
         alike = cells @ self.query(self.norm_words(words)).transpose(1, 2) * cells.shape[-1] ** -0.5
+        asks = question[:, None].to(alike.dtype)
         # most words fit most cells little: a cell starts with a part of all
-        return ((alike - 1).sigmoid() * question[:, None]) @ self.value(self.norm_states(states))
+        told = ((alike - 1).sigmoid() * asks) @ self.value(self.norm_states(states))
+        return told, (alike * asks).sum(-1)
 
 
 class Aim(Look):
@@ -146,6 +151,16 @@ def aim_loss(looked: Tensor, aimed: Tensor, masks: Tensor) -> Tensor:
     rows, places = (aimed >= 0).nonzero(as_tuple=True)
     cells = _cells(masks, looked)[aimed[rows, places]]  # many words come to one target
     return _means(_aims(looked[rows, places], cells), _aims(looked[aimed == NOTHING], None))
+
+
+def match_loss(fits: Tensor, row_of_target: Tensor, masks: Tensor) -> Tensor:
+    """Cross-entropy of which cells a question's words fit, logits (R, P), against the cells' shares of its
+    targets, masks (N, H, W) of rows (N,). Mean over the questions with a pixel to find."""
+    shown = masks.new_zeros((len(fits), *masks.shape[1:])).index_add_(0, row_of_target, masks)
+    cells = F.adaptive_avg_pool2d(shown.clamp(max=1), round(fits.shape[-1] ** 0.5)).flatten(1)
+    total = cells.sum(1, keepdim=True)
+    losses = -(cells / total.clamp(min=1e-6) * fits.float().log_softmax(-1)).sum(1)
+    return _means(losses[total[:, 0] > 0])
 
 
 def _cells(shown: Tensor, looked: Tensor) -> Tensor:

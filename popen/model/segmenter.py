@@ -40,6 +40,7 @@ class Output:
     inventory: Tensor | None = None  # (R, categories, COUNTED) logits, see `inventory_loss`
     centres: Tensor | None = None  # (B, categories, h', w') logits, see `centre_loss`
     aimed: Tensor | None = None  # (R, 1 + T', P + 1) logits, see `aim_loss`
+    fits: Tensor | None = None  # (R, P) logits, see `match_loss`
     sought: Tensor | None = None  # (R, T', P + 1) logits of the T' tokens behind the image, see `look_loss`
 
 
@@ -197,22 +198,25 @@ class Segmenter(nn.Module):
         whole = self.training and self.params.language.checkpointing
         return last_states(self.causal, batch, before, behind, whole)
 
-    def tell_cells(self, batch: Batch, behind: Tensor, image: Tensor) -> Tensor | None:
-        """What the questions' words tell the image's tokens (R, P, D), from the last hidden states behind the
-        image (R, T', D) and `image_tokens` (B, P, D); see `Match`."""
+    def tell_cells(
+        self, batch: Batch, behind: Tensor, image: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What the questions' words tell the image's tokens (R, P, D) and how well these fit (R, P), from the
+        last hidden states behind the image (R, T', D) and `image_tokens` (B, P, D); see `Match`."""
         if self.match is None:
-            return None
+            return None, None
         n = len(self.encoder.prefix_ids)
         words = self.language.get_input_embeddings()(batch.input_ids[:, n:])
         places = torch.arange(n, batch.input_ids.shape[1], device=behind.device)
         question = (places <= batch.asked[:, None]) & (batch.attention_mask[:, n:] > 0)
-        return self.match(words, behind, question, image.to(behind.dtype), batch.image_of_row)
+        told, fits = self.match(words, behind, question, image.to(behind.dtype), batch.image_of_row)
+        return told, fits
 
     def embed(self, batch: Batch, features: list[Tensor]) -> Tensor:
         """Segmentation embeddings (N, S, C) of the batch's targets, in a pass over its words."""
         image = self.image_tokens(features)
         hidden = self.hidden(batch, image)
-        told = self.tell_cells(batch, hidden[:, len(self.encoder.prefix_ids) :], image)
+        told, _ = self.tell_cells(batch, hidden[:, len(self.encoder.prefix_ids) :], image)
         return self._embeddings(hidden, batch, features, told)[0]
 
     def _embeddings(
@@ -247,7 +251,7 @@ class Segmenter(nn.Module):
         behind, sought = self.read(batch.input_ids, image, batch.image_of_row, batch.asked)
         before = self.prefix(image)
         hidden = self._hidden(batch, before, behind)
-        told = self.tell_cells(batch, hidden[:, before.shape[1] :], image)
+        told, fits = self.tell_cells(batch, hidden[:, before.shape[1] :], image)
         embeddings, looked = self._embeddings(hidden, batch, features, told)
         first = before.shape[1] - 1  # its state may already be what an answer begins with
         spoken, aimed = self.speak(
@@ -270,6 +274,7 @@ class Segmenter(nn.Module):
             centres=centres,
             sought=sought,
             aimed=aimed,
+            fits=fits,
         )
 
     def speak(

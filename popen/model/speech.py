@@ -96,7 +96,7 @@ def speak(
         if step:
             hidden[live, step - 1] = state[:, 0].to(hidden.dtype)
         else:
-            told = model.tell_cells(batch, state, image)
+            told, _ = model.tell_cells(batch, state, image)
             if model.aim is not None:
                 keys, values = model.aim.remember(image, batch.image_of_row, told)
         state = state[:, -1:]

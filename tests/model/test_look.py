@@ -15,7 +15,7 @@ from popen.masks import decode
 from popen.model import IGNORED
 from popen.model.batches import Batch, Encoder, Row
 from popen.model.generate import generate
-from popen.model.look import NOTHING, Aim, Look, Match, aim_loss, look_loss
+from popen.model.look import NOTHING, Aim, Look, Match, aim_loss, look_loss, match_loss
 from popen.model.losses import sft_loss, token_logps
 from popen.model.segmenter import Segmenter
 from popen.samples import Sample
@@ -169,7 +169,7 @@ def test_a_cell_is_told_the_words_of_the_question_that_fit_it() -> None:
     words, states, image = torch.randn(2, 3, 6), torch.randn(2, 3, 6), torch.randn(1, 4, 6)
     asks = torch.tensor([[True, True, False], [False, True, True]])
     both = torch.zeros(2, dtype=torch.long)
-    told = match(words, states, asks, image, both)
+    told, fits = match(words, states, asks, image, both)
     values, cells = match.value(match.norm_states(states)), match.key(match.norm_image(image))[0]
     query = match.query(match.norm_words(words))
     for row, cell in [(0, 0), (0, 3), (1, 2)]:
@@ -179,8 +179,22 @@ def test_a_cell_is_told_the_words_of_the_question_that_fit_it() -> None:
             if asks[row, word]
         )
         torch.testing.assert_close(told[row, cell], expected)
+        whole = sum(float(cells[cell] @ query[row, word]) / 6**0.5 for word in range(3) if asks[row, word])
+        assert float(fits[row, cell]) == pytest.approx(whole, abs=1e-5)
     words[0, 2] = states[0, 2] = 100.0  # it does not ask
-    torch.testing.assert_close(match(words, states, asks, image, both), told)
+    torch.testing.assert_close(match(words, states, asks, image, both), (told, fits))
+
+
+def test_a_question_fits_where_its_targets_are() -> None:
+    fits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [2.0, 0.0, 1.0, 0.0], [9.0, 0.0, 0.0, 0.0]])
+    masks = torch.zeros(3, 4, 4)  # cells of 2 x 2 pixels
+    masks[0, :2, :2] = 1  # of row 1: all of the first cell
+    masks[1, :2, 1:3] = 1  # and of row 1 again: half of the first, which both claim, and of the second
+    loss = match_loss(fits, torch.tensor([1, 1, 2]), masks)  # of row 2 nothing shows, row 0 has no target
+    logps = fits[1].log_softmax(0)
+    assert loss.item() == pytest.approx(-float(2 / 3 * logps[0] + 1 / 3 * logps[1]))
+    nothing = match_loss(fits, torch.tensor([2]), masks[2:])
+    assert nothing.item() == 0.0
 
 
 def test_what_only_the_question_says_is_found_in_the_image() -> None:
@@ -197,7 +211,7 @@ def test_what_only_the_question_says_is_found_in_the_image() -> None:
             shown = torch.stack([torch.randperm(5)[:4] for _ in range(32)])
             asked, shown = shown[:, :1], shown[:, torch.randperm(4)]
             image, words, rows = colours[shown], colours[asked], torch.arange(32)
-            cells = match(words, words, torch.ones(32, 1, dtype=torch.bool), image, rows)
+            cells, _ = match(words, words, torch.ones(32, 1, dtype=torch.bool), image, rows)
             keys, _ = aim.remember(image, rows, cells if told else None)
             looked = aim.scores(torch.ones(32, 1, 8), keys)[:, 0]
             value = torch.nn.functional.cross_entropy(looked, (shown == asked).long().argmax(1))
