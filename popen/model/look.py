@@ -78,12 +78,13 @@ class Match(nn.Module):
         super().__init__()
         self.norm_words, self.norm_states, self.norm_image = (nn.LayerNorm(width) for _ in range(3))
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.whole = nn.Parameter(torch.zeros(width))
 
     def forward(
         self, words: Tensor, states: Tensor, question: Tensor, image: Tensor, image_of_row: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What cells are told (R, P, D): the sum of the words' values, each as far as it fits; and how well
-        they fit the question as a whole: logits (R, P), the sum of the words'.
+        """What cells are told (R, P, D): the sum of the words' values, each as far as it fits, and how well
+        the cell fits all of them; and the latter itself: logits (R, P), the sum of the words'.
 
         Args:
             words: their embeddings (R, T, D).
@@ -97,7 +98,8 @@ class Match(nn.Module):
         asks = question[:, None].to(alike.dtype)
         # most words fit most cells little: a cell starts with a part of all
         told = ((alike - 1).sigmoid() * asks) @ self.value(self.norm_states(states))
-        return told, (alike * asks).sum(-1)
+        fits = (alike * asks).sum(-1)
+        return told + fits.unsqueeze(-1) * self.whole, fits
 
 
 class Aim(Look):

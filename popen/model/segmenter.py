@@ -21,7 +21,7 @@ from popen.model.language import IMAGE, build_language, load_tokenizer
 from popen.model.look import Aim, Look, Match
 from popen.model.published import check_llava, read_config
 from popen.model.states import last_states
-from popen.model.tally import FACTS, Centres, census, facts
+from popen.model.tally import FACTS, Centres, census, colours, facts
 from popen.model.vision import Tower
 from popen.params import ModelParams
 
@@ -141,25 +141,28 @@ class Segmenter(nn.Module):
         """Tokens of question and answer together that the language model can read behind an image."""
         return int(self.causal.config.max_position_embeddings) - len(self.encoder.prefix_ids)
 
-    def image_tokens(self, features: list[Tensor]) -> Tensor:
-        """Features of B images -> what the LM reads of them (B, P, D)."""
+    def image_tokens(self, features: list[Tensor], images: Tensor) -> Tensor:
+        """B images (B, 3, H, W) and their features -> what the LM reads of them (B, P, D)."""
         if self.centres is None:
-            return self._tokens(features, None, None)
-        return self._tokens(features, self.dense(self.neck(features)[-1]), self.find(features))
+            return self._tokens(features, images, None, None)
+        return self._tokens(features, images, self.dense(self.neck(features)[-1]), self.find(features))
 
     def find(self, features: list[Tensor]) -> Tensor | None:
         """Features of B images -> the map of the things' centres (B, categories, h, w), where there is a
         tally."""
         return None if self.centres is None else cast(Tensor, self.centres(features))
 
-    def _tokens(self, features: list[Tensor], dense: Tensor | None, centres: Tensor | None) -> Tensor:
+    def _tokens(
+        self, features: list[Tensor], images: Tensor, dense: Tensor | None, centres: Tensor | None
+    ) -> Tensor:
         tokens: Tensor = self.projector(features[0])
         if self.tell is None or dense is None or centres is None:
             return tokens
         grid = self.tower.grids[0] // self.params.vision.shuffle
         with torch.no_grad():  # what is told is read off: no gradient of the words reaches what counts
-            shares = F.adaptive_avg_pool2d(dense.float().softmax(1)[:, 1:], grid).flatten(2)
-            told = facts(census(centres), shares)
+            kinds = dense.float().softmax(1)[:, 1:]
+            shares = F.adaptive_avg_pool2d(kinds, grid).flatten(2)
+            told = facts(census(centres), shares, colours(images, kinds.sum(1), grid))
         return tokens + self.tell(told)
 
     def prefix(self, image: Tensor) -> Tensor:
@@ -214,7 +217,7 @@ class Segmenter(nn.Module):
 
     def embed(self, batch: Batch, features: list[Tensor]) -> Tensor:
         """Segmentation embeddings (N, S, C) of the batch's targets, in a pass over its words."""
-        image = self.image_tokens(features)
+        image = self.image_tokens(features, batch.images)
         hidden = self.hidden(batch, image)
         told, _ = self.tell_cells(batch, hidden[:, len(self.encoder.prefix_ids) :], image)
         return self._embeddings(hidden, batch, features, told)[0]
@@ -247,7 +250,7 @@ class Segmenter(nn.Module):
         supervised = batch.dense is not None
         dense = self.dense(levels[-1]) if supervised or self.centres is not None else None
         centres = self.find(features)
-        image = self._tokens(features, dense, centres)
+        image = self._tokens(features, batch.images, dense, centres)
         behind, sought = self.read(batch.input_ids, image, batch.image_of_row, batch.asked)
         before = self.prefix(image)
         hidden = self._hidden(batch, before, behind)

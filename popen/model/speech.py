@@ -75,7 +75,7 @@ def speak(
     streams = [torch.Generator().manual_seed(member.seed) for member in members]
     temperature = torch.tensor([member.temperature for member in members]).repeat_interleave(each).to(device)
 
-    image = model.image_tokens(features)
+    image = model.image_tokens(features, batch.images)
     words, _ = model.read(batch.input_ids, image, batch.image_of_row)
     cache = handed(read_images(model.causal, model.prefix(image))[1], batch.image_of_row)
     mask = batch.attention_mask

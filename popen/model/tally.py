@@ -1,11 +1,12 @@
-"""How many things of a kind there are and how they lie, told to the image's tokens (ours, for language models
-from scratch).
+"""How many things of a kind there are, how they lie and how they look, told to the image's tokens (ours, for
+language models from scratch).
 
 A language model reads an image by attention, which takes means, and a mean does not count: three cups look
 like one. A small language model does not learn around that; docs/experiments.md has the measurement. So a
 head on the tower finds the centre of each thing, the centres of each kind are counted and measured, and every
 token is told what was found of the kind that it shows: what all tokens of a kind say, a mean over them says
-too.
+too. How large what it shows is for its kind and which colour it has, it is told as well: a tower that learns
+kinds keeps little of either.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from popen.samples import Sample
 
 COUNTED = (2, 3, 4)  # a token is told whether there are at least so many of its kind
 MOST = 5  # of a kind whose places are looked at
-FACTS = len(COUNTED) + 4  # and how they lie (3), and how much of any thing it shows
+KNOWN = len(COUNTED) + 3  # of a kind: and how its things lie
+FACTS = KNOWN + 5  # and how much of any thing it shows, how large that is for its kind, and its colour (3)
 INNER = 128
 LOUD = 3.0  # a token's own features are about as large
 SURE = 0.35  # a peak of the map is a thing from about this probability
@@ -93,7 +95,7 @@ def counts(logits: Tensor) -> Tensor:
 
 
 def census(logits: Tensor) -> Tensor:
-    """Map of centres (B, categories, h, w) -> what there is to tell of each kind (B, categories, FACTS - 1).
+    """Map of centres (B, categories, h, w) -> what there is to tell of each kind (B, categories, KNOWN).
 
     Whether there are at least two, three, four; how far they reach from left to right (in quarters of the
     image) and from top to bottom; and the smallest step from one to the next on its right (in eighths). All
@@ -126,11 +128,21 @@ def _axes(of: Tensor) -> tuple[Tensor, Tensor]:
     return x[None], y[:, None]
 
 
-def facts(known: Tensor, shows: Tensor) -> Tensor:
-    """What is known of each kind (B, categories, FACTS - 1), and the share of each kind in what a token shows
-    (B, categories, P) -> what the tokens are told (B, P, FACTS)."""
+def facts(known: Tensor, shows: Tensor, looks: Tensor) -> Tensor:
+    """What is known of each kind (B, categories, KNOWN), the share of each kind in what a token shows
+    (B, categories, P) and `colours` (B, P, 3) -> what the tokens are told (B, P, FACTS)."""
     told = torch.einsum("bkp,bkf->bpf", shows, known)
-    return LOUD * torch.cat([told, shows.sum(1).unsqueeze(-1)], dim=-1)
+    side = round(shows.shape[2] ** 0.5)
+    about = F.avg_pool2d(shows.unflatten(2, (side, side)), 3, stride=1, padding=1).flatten(2)
+    size = (shows * about / about.amax(2, keepdim=True).clamp(min=1e-3)).sum(1)
+    return LOUD * torch.cat([told, shows.sum(1).unsqueeze(-1), size.unsqueeze(-1), looks], dim=-1)
+
+
+def colours(images: Tensor, things: Tensor, grid: int) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] and how surely each place shows a thing (B, h, w) -> the colours of what
+    the tokens show of things (B, grid grid, 3), from -1 to 1 and in proportion to how much that is."""
+    small = 2 * F.interpolate(images, things.shape[-2:], mode="area") - 1
+    return F.adaptive_avg_pool2d(small * things[:, None], grid).flatten(2).transpose(1, 2)
 
 
 @torch.no_grad()
