@@ -21,7 +21,7 @@ from popen.model.language import IMAGE, build_language, load_tokenizer
 from popen.model.look import Aim, Look, Match
 from popen.model.published import check_llava, read_config
 from popen.model.states import last_states
-from popen.model.tally import FACTS, Centres, census, colours, facts
+from popen.model.tally import FACTS, Centres, observed
 from popen.model.vision import Tower
 from popen.params import ModelParams
 
@@ -143,9 +143,8 @@ class Segmenter(nn.Module):
 
     def image_tokens(self, features: list[Tensor], images: Tensor) -> Tensor:
         """B images (B, 3, H, W) and their features -> what the LM reads of them (B, P, D)."""
-        if self.centres is None:
-            return self._tokens(features, images, None, None)
-        return self._tokens(features, images, self.dense(self.neck(features)[-1]), self.find(features))
+        dense = None if self.centres is None else self.dense(self.neck(features)[-1])
+        return self._tokens(features, images, dense, self.find(features))
 
     def find(self, features: list[Tensor]) -> Tensor | None:
         """Features of B images -> the map of the things' centres (B, categories, h, w), where there is a
@@ -159,11 +158,7 @@ class Segmenter(nn.Module):
         if self.tell is None or dense is None or centres is None:
             return tokens
         grid = self.tower.grids[0] // self.params.vision.shuffle
-        with torch.no_grad():  # what is told is read off: no gradient of the words reaches what counts
-            kinds = dense.float().softmax(1)[:, 1:]
-            shares = F.adaptive_avg_pool2d(kinds, grid).flatten(2)
-            told = facts(census(centres), shares, colours(images, kinds.sum(1), grid))
-        return tokens + self.tell(told)
+        return tokens + self.tell(observed(images, dense, centres, grid))
 
     def prefix(self, image: Tensor) -> Tensor:
         """`image_tokens` (B, P, D) -> embeddings of what opens every prompt, the image's last (B, n, D)."""
@@ -201,9 +196,7 @@ class Segmenter(nn.Module):
         whole = self.training and self.params.language.checkpointing
         return last_states(self.causal, batch, before, behind, whole)
 
-    def tell_cells(
-        self, batch: Batch, behind: Tensor, image: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def tell_cells(self, batch: Batch, behind: Tensor, image: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What the questions' words tell the image's tokens (R, P, D) and how well these fit (R, P), from the
         last hidden states behind the image (R, T', D) and `image_tokens` (B, P, D); see `Match`."""
         if self.match is None:

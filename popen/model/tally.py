@@ -128,6 +128,18 @@ def _axes(of: Tensor) -> tuple[Tensor, Tensor]:
     return x[None], y[:, None]
 
 
+@torch.no_grad()
+def observed(images: Tensor, dense: Tensor, centres: Tensor, grid: int) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], logits of what their pixels show (B, 1 + categories, h, w) and of the
+    centres (B, categories, h', w') -> the `facts` of grid x grid tokens (B, grid grid, FACTS).
+
+    They are read off: no gradient of the words reaches what counts.
+    """
+    kinds = dense.float().softmax(1)[:, 1:]
+    shares = F.adaptive_avg_pool2d(kinds, grid).flatten(2)
+    return facts(census(centres), shares, colours(images, kinds.sum(1), grid))
+
+
 def facts(known: Tensor, shows: Tensor, looks: Tensor) -> Tensor:
     """What is known of each kind (B, categories, KNOWN), the share of each kind in what a token shows
     (B, categories, P) and `colours` (B, P, 3) -> what the tokens are told (B, P, FACTS)."""

@@ -102,10 +102,10 @@ def test_the_formula_against_torchs_counter(scale: Scale, tmp_path: Path) -> Non
     # the head, the projector and the tower are not the blocks'
     blocks = dataclasses.replace(flops, head=0, projector=0.0, tower=0.0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.hidden(batch, model.image_tokens(features))
+        model.hidden(batch, model.image_tokens(features, batch.images))
     forward = counter.get_flop_counts()["LlamaModel"]
     assert sum(forward.values()) == pytest.approx(blocks.forward(2, prefix, rests, 0), rel=0.15)
     with FlopCounterMode(display=False) as counter:
-        model.hidden(batch, model.image_tokens(features)).float().square().mean().backward()
+        model.hidden(batch, model.image_tokens(features, batch.images)).float().square().mean().backward()
     step = counter.get_flop_counts()["LlamaModel"]
     assert sum(step.values()) == pytest.approx(blocks.step(batch, prefix), rel=0.15)

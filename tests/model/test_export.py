@@ -60,7 +60,7 @@ def test_an_exported_model_gives_the_same_masks_and_words(
     batch = trained.encoder.batch([large], [Row(0, "What?")])
     assert batch.input_ids.tolist() == inputs["input_ids"].tolist()
     with torch.no_grad():
-        hidden = trained.hidden(batch, trained.image_tokens(trained.tower(batch.images)))
+        hidden = trained.hidden(batch, trained.image_tokens(trained.tower(batch.images), batch.images))
         mine = trained.causal.get_output_embeddings()(hidden)
         torch.testing.assert_close(theirs.eval()(**inputs).logits, mine, atol=1e-4, rtol=1e-4)
 

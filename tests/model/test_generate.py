@@ -24,7 +24,7 @@ def prefer(model: Segmenter, picture: Image.Image, token: int) -> Segmenter:
     model = copy.deepcopy(model)
     batch = model.encoder.batch([picture], [Row(0, "What?")])
     with torch.no_grad():
-        last = model.hidden(batch, model.image_tokens(model.tower(batch.images)))[0, -1]
+        last = model.hidden(batch, model.image_tokens(model.tower(batch.images), batch.images))[0, -1]
         model.causal.lm_head.weight[token] = 40 * last / last.norm() ** 2
     return model
 

@@ -101,7 +101,7 @@ def test_only_the_question_looks(mini_model: Segmenter, picture: Image.Image) ->
     torch.nn.init.normal_(look.out.weight)
     batch = mini_model.encoder.batch([picture], [Row(0, "What could I use?", "It is the cup {seg}.")])
     plain = mini_model.language.get_input_embeddings()(batch.input_ids)
-    image = mini_model.image_tokens(mini_model.tower(batch.images))
+    image = mini_model.image_tokens(mini_model.tower(batch.images), batch.images)
     behind, _ = mini_model.read(batch.input_ids, image, batch.image_of_row, batch.asked)
     n, last = len(mini_model.encoder.prefix_ids), int(batch.asked[0])
     moved = (behind != plain[:, n:]).any(-1)[0]
@@ -277,6 +277,17 @@ def test_a_generated_answer_looks_as_a_forward_pass_does(mini_model: Segmenter, 
         mini_model.tokenizer.convert_tokens_to_ids(mini_model.encoder.codebook)
     )
     assert float(logps.mean()) == pytest.approx(answer.logp, abs=1e-4)
+
+
+def test_which_cells_a_question_fits_is_learnt(
+    mini_model: Segmenter, picture: Image.Image, sample: Sample
+) -> None:
+    """Also where the masks are not drawn."""
+    mask = np.zeros((32, 32), dtype=bool)
+    mask[:8, :8] = True  # one cell of 4 x 4
+    row = Row(0, "Where is the cup?", "It is the cup {seg}.", [mask], drawn=False)
+    batch = mini_model.encoder.batch([picture], [row], [sample])
+    assert learnt(mini_model, batch, "match") < 0.5
 
 
 def test_where_answers_look_is_learnt(mini_model: Segmenter, picture: Image.Image, sample: Sample) -> None:

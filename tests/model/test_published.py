@@ -68,13 +68,15 @@ def test_logits_are_those_of_transformers_own_llava(disk: Disk) -> None:
     with torch.no_grad():
         expected = theirs(**inputs).logits
         features = model.tower(batch.images)
-        found = model.causal.get_output_embeddings()(model.hidden(batch, model.image_tokens(features)))
+        found = model.causal.get_output_embeddings()(
+            model.hidden(batch, model.image_tokens(features, batch.images))
+        )
     known = model.encoder.first_id  # codebook rows come behind
     assert found.shape == (1, inputs["input_ids"].shape[1], len(model.tokenizer))
     assert float((found[..., :known] - expected[..., :known]).abs().max()) < 1e-4
     assert float(expected.std()) > 0.5  # far from nothing
     other = model.tower(model.encoder.batch([picture.rotate(90)], [Row(0, question)]).images)
-    moved = model.causal.get_output_embeddings()(model.hidden(batch, model.image_tokens(other)))
+    moved = model.causal.get_output_embeddings()(model.hidden(batch, model.image_tokens(other, batch.images)))
     assert float((moved[..., :known] - expected[..., :known]).abs().max()) > 1e-2  # the image matters
 
 
@@ -146,7 +148,7 @@ def test_merged_weights_give_the_same_answers(disk: Disk, picture: Image.Image, 
     step(model, picture, sample)
     batch = model.eval().encoder.batch([picture], rows(sample))
     with torch.no_grad():
-        hidden = model.hidden(batch, model.image_tokens(model.tower(batch.images)))
+        hidden = model.hidden(batch, model.image_tokens(model.tower(batch.images), batch.images))
         before = model.causal.get_output_embeddings()(hidden)
         merged = model.language.merge_and_unload()
         places = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)

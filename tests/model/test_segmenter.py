@@ -106,9 +106,9 @@ def test_generation_equals_a_teacher_forced_pass(mini_model: Segmenter, picture:
     """Masks, embeddings and likelihoods of a generated answer are those of a forward over the same tokens."""
     prompt_only = mini_model.encoder.batch([picture], [Row(0, "What?")])
     with torch.no_grad():  # an untrained model names no target: make the first codebook token likely
-        last = mini_model.hidden(prompt_only, mini_model.image_tokens(mini_model.tower(prompt_only.images)))[
-            0, -1
-        ]
+        last = mini_model.hidden(
+            prompt_only, mini_model.image_tokens(mini_model.tower(prompt_only.images), prompt_only.images)
+        )[0, -1]
         mini_model.causal.lm_head.weight[mini_model.encoder.first_id] = 3 * last / last.norm()
     question = [Row(0, "What?"), Row(0, "What could I drink from, then?")]
     found = 0

@@ -95,7 +95,7 @@ def test_hidden_states_are_those_of_a_pass_over_the_whole_answer(
     answered = [Row(row.image, row.question, text) for row, text in zip(rows, texts, strict=True)]
     whole = taught.encoder.batch(images, answered)
     with torch.no_grad():
-        hidden = taught.hidden(whole, taught.image_tokens(features))
+        hidden = taught.hidden(whole, taught.image_tokens(features, batch.images))
     for row in range(len(rows)):
         length = len(taught.encoder.answer_ids(texts[row]))
         read = hidden[row, -length:-1]  # the end token is read by nobody

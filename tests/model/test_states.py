@@ -21,7 +21,7 @@ def test_a_shared_prefix_equals_whole_rows(
     three = [rows(sample)[0], dataclasses.replace(rows(sample)[1], image=1), rows(sample)[1]]
     batch = mini_model.encoder.batch([picture, other], three)
     features = mini_model.tower(batch.images)
-    image = mini_model.image_tokens(features)
+    image = mini_model.image_tokens(features, batch.images)
     behind, _ = mini_model.read(batch.input_ids, image, batch.image_of_row, batch.asked)
     embeds = torch.cat([mini_model.prefix(image)[batch.image_of_row], behind], dim=1)
     whole = mini_model.causal.model(
@@ -29,7 +29,7 @@ def test_a_shared_prefix_equals_whole_rows(
         attention_mask=batch.attention_mask,
         position_ids=(batch.attention_mask.cumsum(1) - 1).clamp(min=0),
     ).last_hidden_state
-    shared = mini_model.hidden(batch, mini_model.image_tokens(features))
+    shared = mini_model.hidden(batch, mini_model.image_tokens(features, batch.images))
     before = mini_model.prefix(image)
     for checkpointing in (False, True):
         states = last_states(mini_model.causal, batch, before, behind, checkpointing)

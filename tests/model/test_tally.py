@@ -10,11 +10,13 @@ from popen.masks import encode
 from popen.model import IGNORED
 from popen.model.segmenter import Segmenter
 from popen.model.tally import (
+    KNOWN,
     LOUD,
     Centres,
     census,
     centre_labels,
     centre_loss,
+    colours,
     count_accuracy,
     counts,
     facts,
@@ -88,10 +90,38 @@ def test_a_token_is_told_of_the_kinds_that_it_shows() -> None:
     shows[0, :, 1] = 0.5
     shows[0, 1, 2] = 1.0  # the third a fork, the fourth nothing
     known = torch.tensor([[[1, 1, 0, 0.5, 0.2, 0.1], [0, 0, 0, 0, 0, 0]]])
-    told = facts(known, shows)[0] / LOUD
+    looks = torch.rand(1, 4, 3)
+    told = facts(known, shows, looks)[0] / LOUD
     half = [0.5, 0.5, 0, 0.25, 0.1, 0.05, 1]
     expected = torch.tensor([[1, 1, 0, 0.5, 0.2, 0.1, 1], half, [0] * 6 + [1], [0] * 7])
-    torch.testing.assert_close(told, expected)
+    torch.testing.assert_close(told[:, :7], expected)
+    torch.testing.assert_close(told[:, 8:], looks[0])
+
+
+def test_a_token_is_told_how_large_what_it_shows_is_for_its_kind() -> None:
+    """A cup on four tokens of a corner, another on two of the other, and a fork on one."""
+    shows = torch.zeros(1, 2, 6, 6)
+    shows[0, 0, :2, :2] = 1.0
+    shows[0, 0, 4:, 5] = 1.0
+    shows[0, 1, 5, 0] = 0.5
+    told = facts(torch.zeros(1, 2, KNOWN), shows.flatten(2), torch.zeros(1, 36, 3))[0, :, 7] / LOUD
+    large = told.view(6, 6)
+    torch.testing.assert_close(large[:2, :2], torch.ones(2, 2))
+    torch.testing.assert_close(large[4:, 5], torch.full((2,), 0.5))
+    assert float(large[5, 0]) == 0.5  # the largest of its kind, as far as the token shows it
+    assert float(large.sum()) == 4 + 2 * 0.5 + 0.5
+
+
+def test_a_token_is_told_the_colour_of_the_things_that_it_shows() -> None:
+    image = torch.zeros(1, 3, 8, 8)
+    image[0, :, :4, :4] = torch.tensor([1.0, 0.5, 0.0])[:, None, None]  # an orange thing on all of a token
+    image[0, 2, :4, 4:] = 1.0  # a blue one, of which the token shows the half
+    things = torch.zeros(1, 4, 4)
+    things[0, :2, :2] = 1.0
+    things[0, :2, 2] = 1.0
+    seen = colours(image, things, 2)[0]
+    expected = torch.tensor([[1.0, 0.0, -1.0], [-0.5, -0.5, 0.5], [0, 0, 0], [0, 0, 0]])
+    torch.testing.assert_close(seen, expected)
 
 
 def test_centre_loss_by_hand() -> None:
@@ -136,14 +166,16 @@ def test_the_image_tokens_are_told_the_facts(mini_model: Segmenter) -> None:
     centres, tell = mini_model.centres, mini_model.tell
     assert centres is not None
     assert tell is not None
-    features = [level.requires_grad_() for level in mini_model.tower(torch.rand(1, 3, 32, 32))]
+    images = torch.rand(1, 3, 32, 32)
+    features = [level.requires_grad_() for level in mini_model.tower(images)]
     plain = mini_model.projector(features[0])
-    told = mini_model.image_tokens(features) - plain
+    told = mini_model.image_tokens(features, images) - plain
     shows = mini_model.dense(mini_model.neck(features)[-1]).softmax(1)[:, 1:]
     shares = torch.nn.functional.adaptive_avg_pool2d(shows, 4).flatten(2)
-    torch.testing.assert_close(told, tell(facts(census(centres(features)), shares)))
+    looks = colours(images, shows.sum(1), 4)
+    torch.testing.assert_close(told, tell(facts(census(centres(features)), shares, looks)))
     mini_model.zero_grad()
-    mini_model.image_tokens(features).sum().backward()
+    mini_model.image_tokens(features, images).sum().backward()
     assert tell.weight.grad is not None
     assert all(p.grad is None for p in centres.parameters())
     assert all(p.grad is None for p in mini_model.dense.parameters())
