@@ -248,6 +248,7 @@ class EvaluateParams(Group):
     batch: Positive  # questions at once
     max_new_tokens: Positive
     bootstrap: Positive  # resamples
+    bf16: bool = False  # answers in bfloat16, where the device multiplies it fast; the bundle keeps to it
 
 
 Metric = Literal["gIoU", "cIoU", "gIoU_matched", "chair_i", "chair_s", "missing"]  # have a better side

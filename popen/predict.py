@@ -44,6 +44,7 @@ class Settings:
     threshold: float  # logit
     max_new_tokens: int
     ensemble: EnsembleParams
+    bf16: bool = False  # see `EvaluateParams`; bundles of before are without it
 
     def to_json(self) -> str:
         record = {**vars(self), "ensemble": self.ensemble.model_dump(mode="json")}
@@ -100,12 +101,13 @@ class Predictor:
     def __init__(self, folder: Path) -> None:
         """Load a bundle or a plain model folder. Raises ModelError."""
         self.ensemble: Ensemble | None = None
-        self.threshold = PLAIN_THRESHOLD
+        self.threshold, self.bf16 = PLAIN_THRESHOLD, False
         if (folder / "settings.json").is_file():
             ensemble, settings = load_ensemble(folder)
             self.ensemble = ensemble.to(devices.device())
             self.model = self.ensemble.model
             self.threshold, self.length = settings.threshold, settings.max_new_tokens
+            self.bf16 = settings.bf16
         else:
             self.model = Segmenter.load(folder).to(devices.device())
             self.length = min(PLAIN_LENGTH, self.model.room // 2)
@@ -130,14 +132,15 @@ class Predictor:
             raise QuestionError(
                 f"the question has {tokens} tokens, {most} at most fit; ask it in fewer words"
             )
-        if members == 1:
-            answer = generate(self.model, [image], [Row(0, question)], self.length)[0]
-        elif self.ensemble is None:
+        if members > 1 and self.ensemble is None:
             raise ModelError(
                 "this folder is a plain model without an ensemble; ask for one answer, or name a bundle"
             )
-        else:
-            answer = self.ensemble.answer([image], [question], members, self.length, seed)[0]
+        with devices.autocast(self.bf16):
+            if self.ensemble is None or members == 1:
+                answer = generate(self.model, [image], [Row(0, question)], self.length)[0]
+            else:
+                answer = self.ensemble.answer([image], [question], members, self.length, seed)[0]
         asked = Sample("question", "", "", "", image.height, image.width, question, "", ())
         level = self.threshold if threshold is None else threshold
         return prediction(asked, answer, level, time.perf_counter() - began)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -156,6 +157,26 @@ def test_one_answer_is_the_models_own_at_the_calibrated_threshold(
         assert 0 < found.seconds < 60
     low, high = (sum(map(area, predict(image, question, threshold=t).masks)) for t in (-99.0, 99.0))
     assert low == 32 * 32 * len(found.masks) > sum(map(area, found.masks)) > high == 0
+
+
+def test_a_bundle_answers_in_the_precision_of_its_calibration(
+    taught: Segmenter, models: Path, tmp_path: Path, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("popen.devices.halves", lambda: True)  # emulated where need be
+    attention = RefinementAttention(taught.codebook.scales, taught.params.decoder.width)
+    half = dataclasses.replace(settings(), bf16=True)
+    write_bundle(tmp_path / "half", models / "popen", None, SCORE, attention, half)
+    predict, (image, question) = Predictor(tmp_path / "half"), picture(data)
+    found = predict(image, question)
+    with torch.autocast("cpu", torch.bfloat16):
+        (answer,) = generate(taught, [image], [Row(0, question)], 24)
+    assert (found.loglik, found.masks) == (answer.logp, prediction(data[1][0], answer, 0.25, 0.0).masks)
+    (whole,) = generate(taught, [image], [Row(0, question)], 24)
+    assert found.loglik != whole.logp
+    assert found.loglik == pytest.approx(whole.logp, abs=0.05)
+    several = predict(image, question, members=3)
+    assert several.text == found.text
+    assert [area(rle) for rle in several.masks] == pytest.approx([area(rle) for rle in found.masks], rel=0.3)
 
 
 def test_masks_have_the_images_size(bundle: Path, data: Data) -> None:

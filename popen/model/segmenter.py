@@ -230,7 +230,7 @@ class Segmenter(nn.Module):
             self.neck(features),
             zip(embeddings.split(AT_ONCE), image_of.split(AT_ONCE), strict=True),
         )
-        return torch.cat([self._masks(part, levels, images, shown) for part, shown in parts])
+        return torch.cat([self._masks(part, levels, images, shown) for part, shown in parts]).float()
 
     def _masks(self, embeddings: Tensor, levels: list[Tensor], images: Tensor, image_of: Tensor) -> Tensor:
         if not len(embeddings):

@@ -59,7 +59,8 @@ def champion_rows(bundle: Path, root: Path, params: Params, asked: Sequence[Samp
     here = params.model_copy(update={"data": data, "evaluate": longest, "ensemble": settings.ensemble})
     ask = answerer(ensemble.model if params.gate.system == "popen" else ensemble, here, asked)
     found = in_batches(range(0, len(asked), longest.batch), ask, "champion", None)
-    said = [prediction(sample, answer, settings.threshold, seconds) for sample, answer, seconds in found]
+    with devices.autocast(settings.bf16):
+        said = [prediction(sample, answer, settings.threshold, seconds) for sample, answer, seconds in found]
     return rows(asked, said)
 
 

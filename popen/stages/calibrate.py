@@ -57,13 +57,16 @@ class Shared:
         make: Callable[[int], Iterable[T]],
     ) -> list[T]:
         """What `make` returns for each of `numbers`. `inputs` and `settings` decide it (see `kept_parts`)."""
+        from popen import devices
         from popen.parts import in_batches
         from popen.stages.kept import kept_parts
 
-        settings = [name, *settings, self._run.params.evaluate.max_new_tokens]
+        evaluate = self._run.params.evaluate
+        settings = [name, *settings, evaluate.max_new_tokens, evaluate.bf16]
         parts: Parts[T] = kept_parts(self._run, inputs, settings, _write, _read, self._cores)
         self._done.append(parts)
-        return list(in_batches(numbers, make, f"calibrate {name}", parts))
+        with devices.autocast(evaluate.bf16):
+            return list(in_batches(numbers, make, f"calibrate {name}", parts))
 
     def clear(self) -> None:
         """Remove what is kept: the stage has written its results."""
@@ -164,6 +167,7 @@ def train_attention(model: Segmenter, run: Run, seen: Sequence[tuple[Aligned, Ba
     members are asked once, the attention sees them several times."""
     import torch
 
+    from popen import devices
     from popen.ensemble.attention import RefinementAttention
     from popen.model.losses import mask_loss
 
@@ -173,8 +177,9 @@ def train_attention(model: Segmenter, run: Run, seen: Sequence[tuple[Aligned, Ba
     model.requires_grad_(False)
     for step in range(run.params.ensemble.steps):
         aligned, supervised = seen[step % len(seen)]
-        refined = attention(aligned.embeddings, aligned.scores)
-        masks = model.decode(refined, aligned.features[0], supervised.images, supervised.image_of_target)
+        with devices.autocast(run.params.evaluate.bf16):
+            refined = attention(aligned.embeddings, aligned.scores)
+            masks = model.decode(refined, aligned.features[0], supervised.images, supervised.image_of_target)
         parts = mask_loss(masks, supervised, weights)
         loss = weights.bce * parts["bce"] + weights.dice * parts["dice"]
         loss.backward()
@@ -297,7 +302,7 @@ def main() -> None:
         inputs = [MODELS / "popen", *filter(None, [before]), index("preference")]
         seen = shared("attention", inputs, [params.ensemble, threshold, score.to_dict()], batches, see)
         attention = train_attention(model, run, seen)
-        settings = Settings(threshold, params.evaluate.max_new_tokens, params.ensemble)
+        settings = Settings(threshold, params.evaluate.max_new_tokens, params.ensemble, params.evaluate.bf16)
         write_bundle(BUNDLE, MODELS / "popen", before, score, attention, settings)
         run.curves(CURVES / "calibrate.csv")
 

@@ -31,7 +31,7 @@ def main(benchmark: str, system: str) -> None:
         parts = kept_parts(
             run,
             inputs,
-            [params.evaluate.batch, params.evaluate.max_new_tokens, params.ensemble, level],
+            [params.evaluate.model_dump(exclude={"bootstrap"}), params.ensemble, level],
             write_predictions,
             read_predictions,
             cores,
@@ -43,19 +43,23 @@ def main(benchmark: str, system: str) -> None:
             return [prediction(sample, answer, level, seconds) for sample, answer, seconds in ask(start)]
 
         batches = range(0, len(asked), params.evaluate.batch)
-        found = list(in_batches(batches, predict, run.name, parts))
-        forced, overlapping = dict.fromkeys(TEACHER_FORCED), None  # an ensemble chooses: no answer to feed
-        if isinstance(model, Segmenter):
-            feed = partial(overlaps, model, Path(params.data.root), max_pixels=params.data.max_pixels)
-            settings = ["teacher-forced", params.evaluate.batch]
-            overlapping = kept_parts(run, inputs, settings, write_overlaps, read_overlaps, cores)
-            again = in_batches(
-                batches,
-                lambda start: feed(asked[start : start + params.evaluate.batch]),
-                f"{run.name} teacher-forced",
-                overlapping,
-            )
-            forced = figures(list(again))
+        with devices.autocast(params.evaluate.bf16):
+            found = list(in_batches(batches, predict, run.name, parts))
+            forced, overlapping = (
+                dict.fromkeys(TEACHER_FORCED),
+                None,
+            )  # an ensemble chooses: no answer to feed
+            if isinstance(model, Segmenter):
+                feed = partial(overlaps, model, Path(params.data.root), max_pixels=params.data.max_pixels)
+                settings = ["teacher-forced", params.evaluate.batch, params.evaluate.bf16]
+                overlapping = kept_parts(run, inputs, settings, write_overlaps, read_overlaps, cores)
+                again = in_batches(
+                    batches,
+                    lambda start: feed(asked[start : start + params.evaluate.batch]),
+                    f"{run.name} teacher-forced",
+                    overlapping,
+                )
+                forced = figures(list(again))
         if not run.main:
             return
         write_predictions(predictions(benchmark, system), found)
