@@ -46,7 +46,7 @@ def class_mean_swap(
     for start in tqdm(starts, desc="own embeddings", unit="batch", mininterval=2.0):
         data = read(start)
         output = model(data)
-        embeddings.append(output.embeddings)
+        embeddings.append(output.embeddings.float())
         own.append(_ious(output.masks > threshold, data.masks))
     kinds = [target.category for sample in asked for target in sample.targets]
     every = torch.cat(embeddings)

@@ -66,4 +66,4 @@ def _logits(model: Segmenter, root: Path, samples: Sequence[Sample], max_pixels:
         for s in samples
     ]
     data = model.encoder.batch([open_image(root, image, max_pixels) for image in images], rows)
-    return model(data.to(model.device)).masks.split([len(sample.targets) for sample in samples])
+    return model(data.to(model.device)).masks.float().split([len(sample.targets) for sample in samples])

@@ -98,8 +98,8 @@ class Match(nn.Module):
         asks = question[:, None].to(alike.dtype)
         # most words fit most cells little: a cell starts with a part of all
         told = ((alike - 1).sigmoid() * asks) @ self.value(self.norm_states(states))
-        fits = (alike * asks).sum(-1)
-        return told + fits.unsqueeze(-1) * self.whole, fits
+        fits = (alike * asks).sum(-1, dtype=torch.float32)  # of many words: in bfloat16 a step is a tenth
+        return told + (fits.unsqueeze(-1) * self.whole).to(told.dtype), fits
 
 
 class Aim(Look):

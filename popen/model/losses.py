@@ -152,7 +152,7 @@ def sft_loss(output: Output, batch: Batch, weights: SftWeights) -> tuple[Tensor,
     if output.aimed is not None and batch.aimed is not None and weights.aim:
         aimed = batch.aimed[:, -output.aimed.shape[1] :]
         parts["aim"] = aim_loss(output.aimed, aimed, batch.masks * batch.valid)
-    if output.fits is not None and weights.match:
+    if output.fits is not None and batch.aimed is not None and weights.match:
         parts["match"] = match_loss(output.fits, batch.row_of_target, batch.masks * batch.valid)
     total = sum((getattr(weights, name) * value for name, value in parts.items()), torch.zeros(()))
     return total, {name: value.detach() for name, value in parts.items()}

@@ -19,14 +19,15 @@ def main() -> None:
 
         params = run.params
         asked = [sample for name in params.benchmarks if name.startswith("muse_") for sample in samples(name)]
-        figures = class_mean_swap(
-            load_plain("sft", devices.device()),
-            Path(params.data.root),
-            asked,
-            params.evaluate.batch,
-            params.data.max_pixels,
-            threshold("sft"),
-        )
+        with devices.autocast(params.evaluate.bf16):
+            figures = class_mean_swap(
+                load_plain("sft", devices.device()),
+                Path(params.data.root),
+                asked,
+                params.evaluate.batch,
+                params.data.max_pixels,
+                threshold("sft"),
+            )
         OUT.parent.mkdir(exist_ok=True)
         OUT.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
         run.log_metrics(figures)

@@ -43,12 +43,9 @@ def main(benchmark: str, system: str) -> None:
             return [prediction(sample, answer, level, seconds) for sample, answer, seconds in ask(start)]
 
         batches = range(0, len(asked), params.evaluate.batch)
+        forced, overlapping = dict.fromkeys(TEACHER_FORCED), None  # an ensemble chooses: no answer to feed
         with devices.autocast(params.evaluate.bf16):
             found = list(in_batches(batches, predict, run.name, parts))
-            forced, overlapping = (
-                dict.fromkeys(TEACHER_FORCED),
-                None,
-            )  # an ensemble chooses: no answer to feed
             if isinstance(model, Segmenter):
                 feed = partial(overlaps, model, Path(params.data.root), max_pixels=params.data.max_pixels)
                 settings = ["teacher-forced", params.evaluate.batch, params.evaluate.bf16]

@@ -166,6 +166,7 @@ def test_an_answer_passes_by_what_it_has_named() -> None:
 def test_a_cell_is_told_the_words_of_the_question_that_fit_it() -> None:
     torch.manual_seed(0)
     match = Match(6)
+    torch.nn.init.normal_(match.whole)
     words, states, image = torch.randn(2, 3, 6), torch.randn(2, 3, 6), torch.randn(1, 4, 6)
     asks = torch.tensor([[True, True, False], [False, True, True]])
     both = torch.zeros(2, dtype=torch.long)
@@ -178,8 +179,8 @@ def test_a_cell_is_told_the_words_of_the_question_that_fit_it() -> None:
             for word in range(3)
             if asks[row, word]
         )
-        torch.testing.assert_close(told[row, cell], expected)
         whole = sum(float(cells[cell] @ query[row, word]) / 6**0.5 for word in range(3) if asks[row, word])
+        torch.testing.assert_close(told[row, cell], expected + whole * match.whole)
         assert float(fits[row, cell]) == pytest.approx(whole, abs=1e-5)
     words[0, 2] = states[0, 2] = 100.0  # it does not ask
     torch.testing.assert_close(match(words, states, asks, image, both), (told, fits))

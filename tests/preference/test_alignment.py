@@ -208,13 +208,13 @@ def test_the_anchor_is_the_sft_loss_of_the_winners_alone(
     made = collate(taught, data[0], 2000, masks)(texts)
     only = PARAMS.model_copy(update={"text": 0.0, "mask": 0.0, "anchor": 2.0})
     alone = collate_chosen(taught, data[0], 2000)(texts)
-    weights = SftWeights(
-        ce=1.0, bce=2.0, dice=0.5, refine=1.0, dense=1.0, describe=1.0, point=1.0, inventory=0.0
-    )
+    ours = dict.fromkeys(("dense", "describe", "point", "look", "aim", "match"), 1.0)
+    weights = SftWeights(ce=1.0, bce=2.0, dice=0.5, refine=1.0, inventory=0.0, **ours)
     with torch.no_grad():
         anchored, parts = align_loss(only, weights)(taught, made)
         expected, wanted = sft_loss(taught(alone), alone, weights)
     assert float(anchored) == pytest.approx(2 * float(expected), rel=1e-4)
+    assert set(wanted) == {"ce", "bce", "dice", "point"}  # neither learns by more than the other
     for name, value in wanted.items():
         assert float(parts[f"anchor_{name}"]) == pytest.approx(float(value), rel=1e-3)
 
