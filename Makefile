@@ -28,7 +28,7 @@ endif
 
 help:
 	@echo "make repro    train, align, benchmark and report (only what changed)"
-	@echo "make quick    the same in little, with a sixth of SFT: a first look on a slow machine"
+	@echo "make quick    the same in little, with a fifth of SFT: a first look on a slow machine"
 	@echo "make test     the tests, but for those that kill servers or train in several processes"
 	@echo "make test-all all tests"
 	@echo "make lint     ruff and mypy"

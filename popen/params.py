@@ -124,7 +124,8 @@ class ModelParams(Group):
     vision: VisionParams
     language: LanguageParams
     decoder: DecoderParams
-    # the image's tokens are told how many there are of what they show, and a question's words look at them;
+    # the image's tokens are told how many there are of what they show, and how that looks, and a question's
+    # words look at them;
     # for language models from scratch
     tally: bool = False
 

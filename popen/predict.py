@@ -4,7 +4,7 @@ A bundle, written by the stage `calibrate`, holds all that this needs:
     model/                  the aligned model
     reference/              the one before alignment, where the members' score is the implicit reward
     score.json, attention.safetensors
-    settings.json           threshold, ensemble parameters, longest answer
+    settings.json           threshold, ensemble parameters, longest answer, precision
 A plain model folder (artifacts/models/sft, ...) will do for answers without an ensemble.
 """
 
