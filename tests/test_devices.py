@@ -36,7 +36,8 @@ from tests.preference.test_sampling import masks, texts
 from tests.processes import together
 
 Data = tuple[Path, list[Sample]]
-SFT = WEIGHTS.model_copy(update={"dense": 1.0, "describe": 1.0, "point": 1.0, "inventory": 0.25})
+OURS = ("dense", "describe", "point", "centres", "look", "aim", "match")
+SFT = WEIGHTS.model_copy(update={"inventory": 0.25, **dict.fromkeys(OURS, 1.0)})
 PARAMS = toys.PARAMS.model_copy(
     update={"steps": 5, "lr": 2e-4, "muon": 0.0, "warmup": 0.0, "checkpoint_every": 3, "eval_every": 2}
 )

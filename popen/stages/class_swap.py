@@ -19,9 +19,10 @@ def main() -> None:
 
         params = run.params
         asked = [sample for name in params.benchmarks if name.startswith("muse_") for sample in samples(name)]
+        model = load_plain("sft", devices.device())  # autocast would keep the weights that it starts with
         with devices.autocast(params.evaluate.bf16):
             figures = class_mean_swap(
-                load_plain("sft", devices.device()),
+                model,
                 Path(params.data.root),
                 asked,
                 params.evaluate.batch,

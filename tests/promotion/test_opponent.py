@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,32 @@ def test_the_champion_answers_on_the_device_of_a_stage(
     monkeypatch.setattr(opponent, "answerer", ask)
     with pytest.raises(Asked):
         champion_rows(weights, data[0], asks(system), data[1])
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_the_champion_answers_in_the_precision_of_its_calibration(
+    half: bool,
+    weights: Path,
+    data: tuple[Path, list[Sample]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the challenger's parameters say."""
+    bundle, made, seen = shutil.copytree(weights, tmp_path / "bundle"), opponent.answerer, []
+    settings = json.loads((bundle / "settings.json").read_text())
+    (bundle / "settings.json").write_text(json.dumps(settings | {"bf16": half}))
+
+    def watched(*args: Any) -> Any:
+        ask = made(*args)
+
+        def told(start: int) -> Any:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return ask(start)
+
+        return told
+
+    monkeypatch.setattr(devices, "halves", lambda: True)
+    monkeypatch.setattr(opponent, "answerer", watched)
+    rows = champion_rows(bundle, data[0], asks("popen"), data[1])
+    assert len(rows) == len(data[1])
+    assert set(seen) == {half}

@@ -79,6 +79,20 @@ def test_cores_make_the_same_batches(run: Run) -> None:
         assert found == [sign * number for number in range(7) for sign in (1, -1)]
 
 
+@pytest.mark.parametrize("half", [True, False])
+def test_answers_are_made_in_the_precision_of_the_evaluation(
+    half: bool, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("popen.devices.halves", lambda: True)
+    evaluate = run.params.evaluate.model_copy(update={"bf16": half})
+    run.params = run.params.model_copy(update={"evaluate": evaluate})
+    shared = Shared(run, 1)
+    assert (
+        shared("precision", [], [], range(2), lambda number: [torch.is_autocast_enabled("cpu")]) == [half] * 2
+    )
+    shared.clear()
+
+
 def test_members_and_modes_are_compared_each_by_its_own_answers(cup: Sample) -> None:
     right = Prediction(cup.uid, "It is the cup {seg}.", (cup.targets[0].rle,), 0.0, 1.0, 0.2)
     wrong = Prediction(cup.uid, "It is the fork {seg}.", (cup.objects[1].rle,), 0.0, 1.0, 0.4)
