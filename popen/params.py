@@ -315,8 +315,8 @@ def load(path: Path = Path("params.yaml")) -> Params:
 
 
 def compose(conf: Path, choices: list[str]) -> Params:
-    """params.yaml with choices of conf/ ("model=llava-7b"), as `dvc exp run -S` composes it. Raises ParamsError
-    for a choice that is not there, and for keys that do not fit."""
+    """params.yaml with choices of conf/ ("model=llava-7b"), as `dvc exp run -S` composes it. Raises
+    ParamsError for a choice that is not there, and for keys that do not fit."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
