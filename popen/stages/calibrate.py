@@ -93,6 +93,16 @@ def _images(run: Run, asked: Sequence[Sample]) -> list[Image]:
     return [open_image(Path(run.params.data.root), s.image, run.params.data.max_pixels) for s in asked]
 
 
+def spread(asked: Sequence[T], count: int) -> list[T]:
+    """`count` of them at even distances, in their order; all where there are no more.
+
+    Masks are too large or too small by the kind of question: a threshold for all benchmarks is not to be
+    found on the one that is listed first.
+    """
+    count = min(count, len(asked))
+    return [asked[number * len(asked) // count] for number in range(count)]
+
+
 def best_threshold(found: Sequence[Timed], levels: Sequence[float]) -> tuple[float, float]:
     """The threshold with the highest gIoU (union of an answer's masks) and that gIoU."""
     from popen.evaluation.answering import prediction
@@ -282,7 +292,7 @@ def main() -> None:
 
         shared = Shared(run, devices.cores())
         params, device, size = run.params, devices.device(), run.params.evaluate.batch
-        asked = [s for s in samples("val") if s.objects][: params.calibrate.questions]
+        asked = spread([s for s in samples("val") if s.objects], params.calibrate.questions)
         thresholds = choose_thresholds(run, shared, asked)
         THRESHOLDS.write_text(json.dumps(thresholds, indent=1) + "\n", encoding="utf-8")
 

@@ -202,6 +202,15 @@ def test_the_control_trains_by_all_losses_of_sft(clone: Path) -> None:
     assert {"train/ce", "train/bce", "train/aim", "train/describe"} <= sft == control
 
 
+def test_the_control_learns_at_its_share_of_the_others_rate(clone: Path) -> None:
+    share = yaml.safe_load((clone / "params.yaml").read_text())["align"]["control"]
+    control, chosen = (
+        [float(row.split(",")[2]) for row in curve.read_text().splitlines() if ",train/lr," in row]
+        for curve in (clone / "artifacts/curves/control.csv", clone / "artifacts/curves/chosen.csv")
+    )
+    assert share < 1 and control and control == pytest.approx([share * rate for rate in chosen])
+
+
 def test_the_bundle_answers_on_the_command_line(clone: Path) -> None:
     image = next((clone / "samples/refer_seg/images/mscoco/images/train2014").iterdir())
     popen = ("python", "-c", "from popen.cli import main; main()")  # the clone's, not the one installed

@@ -12,7 +12,7 @@ from popen.evaluation.prediction import Prediction
 from popen.masks import decode
 from popen.model.generate import Answer
 from popen.samples import Sample
-from popen.stages.calibrate import Shared, best_threshold, compared
+from popen.stages.calibrate import Shared, best_threshold, compared, spread
 from popen.stages.run import Run
 
 
@@ -46,6 +46,14 @@ def test_giou_is_that_of_all_questions(cup: Sample) -> None:
     level, value = best_threshold([found(cup, 1.5, 0.5), found(other, 0.2, -3.0)], [0.0, 1.0])
     # at 0: 100 of 260 pixels and all of them; at 1: all of them and none
     assert (level, value) == (0.0, pytest.approx((100 / 260 + 1) / 2))
+
+
+def test_questions_of_every_part_of_validation_are_asked() -> None:
+    val = [*(("muse", n) for n in range(600)), *(("refcoco", n) for n in range(400)), ("grandf", 0)]
+    asked = spread(val, 300)
+    assert len(asked) == len(set(asked)) == 300 and asked == sorted(asked, key=val.index)
+    assert abs(sum(name == "muse" for name, _ in asked) - 300 * 600 / 1001) <= 1
+    assert spread(val, 2000) == val and spread([], 3) == []
 
 
 def test_batches_are_made_once_and_their_tensors_kept_once(run: Run) -> None:
