@@ -232,7 +232,7 @@ class AlignParams(Group):
 
 class CalibrateParams(Group):
     thresholds: list[float] = Field(min_length=1)  # logits tried on validation
-    questions: Positive  # of the role `val`, at even distances, whose images are annotated; at most
+    questions: Positive  # of the role `val`, whose images are annotated; at most
 
 
 class EnsembleParams(Group):

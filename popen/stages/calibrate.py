@@ -292,10 +292,11 @@ def main() -> None:
 
         shared = Shared(run, devices.cores())
         params, device, size = run.params, devices.device(), run.params.evaluate.batch
-        asked = spread([s for s in samples("val") if s.objects], params.calibrate.questions)
-        thresholds = choose_thresholds(run, shared, asked)
+        val, questions = [s for s in samples("val") if s.objects], params.calibrate.questions
+        thresholds = choose_thresholds(run, shared, spread(val, questions))
         THRESHOLDS.write_text(json.dumps(thresholds, indent=1) + "\n", encoding="utf-8")
 
+        asked = val[:questions]  # of what `val` names first, MUSE: members agree where a thing is referred to
         model, threshold, reference = load_plain("popen", device), thresholds["popen"], None
         if params.ensemble.score == "reward":
             reference, score = load_plain("sft", device), reward_score()
