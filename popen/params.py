@@ -227,12 +227,15 @@ class AlignParams(Group):
     mask_form: Literal["embedding", "mask"]  # what L_s compares: embeddings' distances, or masks' pixels
     beta_s: float = Field(gt=0)  # DPO's beta of L_s, on a scale of its own in each form
     anchor: float  # of the SFT loss on the corrected answers and their masks
-    control: float = Field(gt=0)  # learning rates of the stage `control`, as a share of train's
+
+
+class ControlParams(Group):
+    rate: float = Field(gt=0)  # learning rates of SFT trained on, as a share of align.train's
 
 
 class CalibrateParams(Group):
     thresholds: list[float] = Field(min_length=1)  # logits tried on validation
-    questions: Positive  # of the role `val`, whose images are annotated; at most
+    questions: Positive  # of `val`, at most: spread for thresholds, the first for the score
 
 
 class EnsembleParams(Group):
@@ -280,6 +283,7 @@ class Params(Group):
     text_preferences: TextPreferenceParams
     mask_preferences: MaskPreferenceParams
     align: AlignParams
+    control: ControlParams
     calibrate: CalibrateParams
     ensemble: EnsembleParams
     evaluate: EvaluateParams

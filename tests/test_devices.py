@@ -161,7 +161,6 @@ def test_two_processes_align_as_one(
         mask_form=form,
         beta_s=0.1,
         anchor=1.0,
-        control=1.0,
     )
     of = align_loss(params, WEIGHTS)
     model = copy.deepcopy(taught)

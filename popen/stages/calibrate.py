@@ -296,7 +296,9 @@ def main() -> None:
         thresholds = choose_thresholds(run, shared, spread(val, questions))
         THRESHOLDS.write_text(json.dumps(thresholds, indent=1) + "\n", encoding="utf-8")
 
-        asked = val[:questions]  # of what `val` names first, MUSE: members agree where a thing is referred to
+        # the score's are the first, by default MUSE's: where a question refers to one thing, members differ
+        # by their masks alone, which a score can hardly judge
+        asked = val[:questions]
         model, threshold, reference = load_plain("popen", device), thresholds["popen"], None
         if params.ensemble.score == "reward":
             reference, score = load_plain("sft", device), reward_score()

@@ -25,7 +25,7 @@ def main() -> None:
         def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             return sft_loss(model(batch), batch, params.sft.loss)
 
-        train, rate = both_stages(params.align.train), params.align.control
+        train, rate = both_stages(params.align.train), params.control.rate
         train = train.model_copy(update={"lr": rate * train.lr, "muon": rate * train.muon})
         plan = image_plan(samples("train"), 1, params.seed + 1)  # a pair is one question, too
         fit(

@@ -203,7 +203,7 @@ def test_the_control_trains_by_all_losses_of_sft(clone: Path) -> None:
 
 
 def test_the_control_learns_at_its_share_of_the_others_rate(clone: Path) -> None:
-    share = yaml.safe_load((clone / "params.yaml").read_text())["align"]["control"]
+    share = yaml.safe_load((clone / "params.yaml").read_text())["control"]["rate"]
     control, chosen = (
         [float(row.split(",")[2]) for row in curve.read_text().splitlines() if ",train/lr," in row]
         for curve in (clone / "artifacts/curves/control.csv", clone / "artifacts/curves/chosen.csv")
@@ -256,6 +256,7 @@ def test_a_second_repro_has_nothing_to_do(clone: Path) -> None:
     ("keys", "value", "expected"),
     [
         (("align", "beta_t"), 0.77, {"align@coarse", "align@fine"}),
+        (("control", "rate"), 0.7, {"control"}),
         (("mask_preferences", "sigma"), 0.9, {"mask_preferences"}),
         (("ensemble", "temperature"), 0.9, {"calibrate"}),
         (("evaluate", "bootstrap"), 60, {"report"}),

@@ -57,7 +57,6 @@ PARAMS = AlignParams(
     mask_form="embedding",
     beta_s=0.2,
     anchor=1.0,
-    control=1.0,
 )
 REJECTED = ("It is the fork {seg}.", "It is the cup {seg} and the fork {seg}.")
 
