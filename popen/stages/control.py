@@ -3,10 +3,16 @@ alignment gets."""
 
 from __future__ import annotations
 
+from popen.params import TrainParams
 from popen.stages.artifacts import MODELS, index, samples
 from popen.stages.run import stage
 
 MODEL, OUT = MODELS / "sft", MODELS / "control"
+
+
+def at_rate(train: TrainParams, share: float) -> TrainParams:
+    """The same training at a share of its learning rates."""
+    return train.model_copy(update={"lr": share * train.lr, "muon": share * train.muon})
 
 
 def main() -> None:
@@ -25,8 +31,7 @@ def main() -> None:
         def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             return sft_loss(model(batch), batch, params.sft.loss)
 
-        train, rate = both_stages(params.align.train), params.control.rate
-        train = train.model_copy(update={"lr": rate * train.lr, "muon": rate * train.muon})
+        train = at_rate(both_stages(params.align.train), params.control.rate)
         plan = image_plan(samples("train"), 1, params.seed + 1)  # a pair is one question, too
         fit(
             run,

@@ -208,7 +208,9 @@ def test_the_control_learns_at_its_share_of_the_others_rate(clone: Path) -> None
         [float(row.split(",")[2]) for row in curve.read_text().splitlines() if ",train/lr," in row]
         for curve in (clone / "artifacts/curves/control.csv", clone / "artifacts/curves/chosen.csv")
     )
-    assert share < 1 and control and control == pytest.approx([share * rate for rate in chosen])
+    assert 0 < share < 1
+    assert control
+    assert control == pytest.approx([share * rate for rate in chosen])
 
 
 def test_the_bundle_answers_on_the_command_line(clone: Path) -> None:

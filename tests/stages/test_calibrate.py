@@ -51,9 +51,11 @@ def test_giou_is_that_of_all_questions(cup: Sample) -> None:
 def test_questions_of_every_part_of_validation_are_asked() -> None:
     val = [*(("muse", n) for n in range(600)), *(("refcoco", n) for n in range(400)), ("grandf", 0)]
     asked = spread(val, 300)
-    assert len(asked) == len(set(asked)) == 300 and asked == sorted(asked, key=val.index)
+    assert len(asked) == len(set(asked)) == 300
+    assert asked == sorted(asked, key=val.index)
     assert abs(sum(name == "muse" for name, _ in asked) - 300 * 600 / 1001) <= 1
-    assert spread(val, 2000) == val and spread([], 3) == []
+    assert spread(val, 2000) == val
+    assert spread([], 3) == []
 
 
 def test_batches_are_made_once_and_their_tensors_kept_once(run: Run) -> None:
